@@ -1,0 +1,276 @@
+"""Building blocks of the U-Net: noise embedding, residual and attention blocks, stream projections.
+
+Residual blocks are ADM's, with scale-shift normalisation and the resampling inside (paper
+section 4). Each stream has its own projection into one shared context, to which a learned null
+token is always appended (paper section 3).
+
+Shapes: B batch, C channels, H W feature map, I queries (pixels), T tokens, D width, N heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ediffi.conditioning import Conditioning, Stream, StreamConfig
+
+Resampling = Literal["keep", "down", "up"]
+ScoreHook = Callable[[Tensor], Tensor]
+
+# Wavelengths of c_noise = ln(sigma) / 4, whose useful range is about [-1.9, 1.2]: the longest
+# tells its two ends apart without wrapping around, the shortest resolves 1 % of sigma.
+LONGEST_WAVE = 8.0
+SHORTEST_WAVE = 0.05
+
+# Contexts are padded (and masked) to a multiple of one AVX-512 register of floats: softmax over 13
+# tokens takes eight times as long on a CPU as over 16. GPU kernels like aligned masks as well.
+TOKEN_MULTIPLE = 16
+
+
+def fourier_features(c_noise_B: Tensor, width: int) -> Tensor:
+    """Embed (B,) noise levels as (B, width) sines and cosines of log-spaced frequencies."""
+    frequencies = torch.logspace(
+        math.log10(2 * math.pi / LONGEST_WAVE),
+        math.log10(2 * math.pi / SHORTEST_WAVE),
+        width // 2,
+        device=c_noise_B.device,
+    )
+    angles = c_noise_B.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def group_norm(width: int, affine: bool = True) -> nn.GroupNorm:
+    """Return ADM's 32 groups, or fewer for narrow layers: a group never has under 4 channels."""
+    return nn.GroupNorm(math.gcd(32, width // 4), width, affine=affine)
+
+
+def attention(
+    q_BNID: Tensor,
+    k_BNTD: Tensor,
+    v_BNTD: Tensor,
+    mask_BT: Tensor | None = None,
+    score_hook: ScoreHook | None = None,
+) -> Tensor:
+    """Softmax attention, (B, N, I, D). Tokens whose `mask_BT` is False get no weight.
+
+    `score_hook` maps the pre-softmax scores QK^T / sqrt(D), (B, N, I, T), to other scores;
+    masking follows it, so that no hook can revive padding.
+    """
+    mask = None if mask_BT is None else mask_BT[:, None, None, :]
+    # The fused kernel is fastest, except for bf16 on a CPU: six times slower there for small heads.
+    slow_kernel = q_BNID.device.type == "cpu" and q_BNID.dtype != torch.float32
+    if score_hook is None and not slow_kernel:
+        return functional.scaled_dot_product_attention(q_BNID, k_BNTD, v_BNTD, attn_mask=mask)
+    scores_BNIT = (q_BNID * q_BNID.shape[-1] ** -0.5) @ k_BNTD.transpose(-1, -2)
+    if score_hook is not None:
+        scores_BNIT = score_hook(scores_BNIT)
+    if mask is not None:
+        scores_BNIT = scores_BNIT.masked_fill(~mask, -math.inf)
+    return scores_BNIT.softmax(dim=-1) @ v_BNTD
+
+
+class Context(NamedTuple):
+    """What cross-attention attends to."""
+
+    tokens_BTD: Tensor
+    mask_BT: Tensor
+
+
+def _split_pixels(x_BCHW: Tensor, head_width: int) -> Tensor:
+    """View a channels-last feature map as (B, N, H*W, D)."""
+    return x_BCHW.flatten(2).unflatten(1, (-1, head_width)).transpose(2, 3)
+
+
+def _split_tokens(x_BTC: Tensor, head_width: int) -> Tensor:
+    return x_BTC.unflatten(-1, (-1, head_width)).transpose(1, 2)
+
+
+def _merge_pixels(x_BNID: Tensor, like_BCHW: Tensor) -> Tensor:
+    """Undo `_split_pixels`, again channels-last."""
+    return x_BNID.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, like_BCHW.shape[2:])
+
+
+# On pixels the projections are 1x1 convolutions, as in ADM: on a CPU these take two thirds of the
+# time of nn.Linear. Queries, keys and values need no bias: normalisation or projection precedes.
+
+
+class SelfAttention(nn.Module):
+    """Every pixel of the feature map attends to every other; residual."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.norm = group_norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1, bias=False)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        qkv = self.qkv(self.norm(x_BCHW)).chunk(3, dim=1)
+        q, k, v = (_split_pixels(part, self.head_width) for part in qkv)
+        return x_BCHW + self.out(_merge_pixels(attention(q, k, v), x_BCHW))
+
+
+class CrossAttention(nn.Module):
+    """Every pixel of the feature map attends to the context's unmasked tokens; residual."""
+
+    def __init__(self, width: int, head_width: int, context_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.norm = group_norm(width)
+        self.q = nn.Conv2d(width, width, 1, bias=False)
+        self.kv = nn.Linear(context_width, 2 * width, bias=False)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x_BCHW: Tensor, context: Context) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        q = _split_pixels(self.q(self.norm(x_BCHW)), self.head_width)
+        kv = self.kv(context.tokens_BTD).chunk(2, dim=-1)
+        k, v = (_split_tokens(part, self.head_width) for part in kv)
+        return x_BCHW + self.out(_merge_pixels(attention(q, k, v, context.mask_BT), x_BCHW))
+
+
+def resample(x_BCHW: Tensor, resampling: Resampling) -> Tensor:
+    """Halve a feature map by averaging, double it by repetition, or keep it."""
+    if resampling == "down":
+        return functional.avg_pool2d(x_BCHW, 2)
+    if resampling == "up":
+        return functional.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+    return x_BCHW
+
+
+class ResidualBlock(nn.Module):
+    """ADM's residual block: scale-shift normalisation, resampling between norm and convolution."""
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        embedding_width: int,
+        resampling: Resampling = "keep",
+    ) -> None:
+        super().__init__()
+        self.resampling = resampling
+        self.norm_in = group_norm(in_width)
+        self.conv_in = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.scale_shift = nn.Linear(embedding_width, 2 * out_width)
+        self.norm_out = group_norm(out_width, affine=False)  # scale_shift is its affine map
+        self.conv_out = nn.Conv2d(out_width, out_width, 3, padding=1)
+        same = in_width == out_width
+        self.skip = nn.Identity() if same else nn.Conv2d(in_width, out_width, 1)
+
+    def forward(self, x_BCHW: Tensor, embedding_BD: Tensor) -> Tensor:
+        """Map (B, in_width, H, W) to (B, out_width, H', W'); `embedding_BD` is activated."""
+        h = functional.silu(self.norm_in(x_BCHW))
+        h = self.conv_in(resample(h, self.resampling))
+        scale, shift = self.scale_shift(embedding_BD)[:, :, None, None].chunk(2, dim=1)
+        h = functional.silu(torch.addcmul(shift, self.norm_out(h), 1 + scale))
+        return self.skip(resample(x_BCHW, self.resampling)) + self.conv_out(h)
+
+
+def _projection(in_width: int, out_width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(in_width), nn.Linear(in_width, out_width))
+
+
+class StreamProjection(nn.Module):
+    """One encoder's own way into the shared context and into the noise embedding."""
+
+    def __init__(self, config: StreamConfig, context_width: int, embedding_width: int) -> None:
+        super().__init__()
+        self.config = config
+        if config.token_width:
+            self.tokens = _projection(config.token_width, context_width)
+        if config.pooled_as_token:
+            self.pooled_token = _projection(config.pooled_width, context_width)
+        if config.pooled_width:
+            self.pooled = _projection(config.pooled_width, embedding_width)
+
+    def context(self, stream: Stream) -> list[Context]:
+        """Project the tokens, and the pooled vector where it is a token, to context_width.
+
+        A dropped pooled vector stays a token, as in the paper: zeros give a learned constant.
+        """
+        parts = []
+        if self.config.token_width:
+            tokens_BTD, mask_BT = self._present(stream.tokens_BTD), self._present(stream.mask_BT)
+            parts.append(Context(_apply(self.tokens, tokens_BTD), mask_BT))
+        if self.config.pooled_as_token:
+            token_B1D = _apply(self.pooled_token, self._present(stream.pooled_BD))[:, None]
+            parts.append(Context(token_B1D, torch.ones_like(token_B1D[..., 0], dtype=torch.bool)))
+        return parts
+
+    def embed(self, stream: Stream) -> Tensor:
+        """Project the pooled vector to (B, embedding_width)."""
+        return _apply(self.pooled, self._present(stream.pooled_BD))
+
+    def _present(self, part: Tensor | None) -> Tensor:
+        if part is None:
+            raise ValueError(
+                f"stream {self.config.name} must have token width {self.config.token_width} and "
+                f"pooled width {self.config.pooled_width}, got no such tensor; collate the batch "
+                "with the network's own streams"
+            )
+        return part
+
+
+def _apply(projection: nn.Sequential, embeddings: Tensor) -> Tensor:
+    """Project cached embeddings, whatever their storage dtype."""
+    return projection(embeddings.to(next(projection.parameters()).dtype))
+
+
+class StreamProjections(nn.Module):
+    """All streams of a conditioning, as one context and one addition to the noise embedding."""
+
+    def __init__(
+        self, configs: Sequence[StreamConfig], context_width: int, embedding_width: int
+    ) -> None:
+        super().__init__()
+        self.projections = nn.ModuleDict(
+            {c.name: StreamProjection(c, context_width, embedding_width) for c in configs}
+        )
+        if any(config.has_context for config in configs):
+            self.null_token_D = nn.Parameter(torch.randn(context_width))
+
+    def _streams(self, conditioning: Conditioning) -> list[tuple[StreamProjection, Stream]]:
+        """Pair each stream with its projection, in the configured order."""
+        pairs = []
+        for name, projection in self.projections.items():
+            if name not in conditioning.streams:
+                raise ValueError(
+                    f"conditioning must have the streams {', '.join(self.projections)}; {name} is "
+                    "missing: collate the batch with the network's own streams"
+                )
+            assert isinstance(projection, StreamProjection)
+            pairs.append((projection, conditioning.streams[name]))
+        return pairs
+
+    def context(self, conditioning: Conditioning) -> Context:
+        """Concatenate the streams in their configured order, then the null token, then padding."""
+        parts = [
+            part
+            for projection, stream in self._streams(conditioning)
+            for part in projection.context(stream)
+        ]
+        null_D = self.null_token_D.to(parts[0].tokens_BTD.dtype)
+        null_B1D = null_D.expand(conditioning.batch_size, 1, -1)
+        parts.append(Context(null_B1D, torch.ones_like(null_B1D[..., 0], dtype=torch.bool)))
+        tokens_BTD = torch.cat([part.tokens_BTD for part in parts], dim=1)
+        mask_BT = torch.cat([part.mask_BT for part in parts], dim=1)
+        num_padding = -mask_BT.shape[1] % TOKEN_MULTIPLE
+        return Context(
+            functional.pad(tokens_BTD, (0, 0, 0, num_padding)),
+            functional.pad(mask_BT, (0, num_padding)),
+        )
+
+    def embed(self, conditioning: Conditioning) -> list[Tensor]:
+        """Project each pooled vector to (B, embedding_width), to be added to the noise's."""
+        return [
+            projection.embed(stream)
+            for projection, stream in self._streams(conditioning)
+            if projection.config.pooled_width
+        ]

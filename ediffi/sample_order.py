@@ -1,0 +1,123 @@
+"""The order of training samples: a pure function of (seed, global index).
+
+An epoch visits every sample once: shards are shuffled, then the samples inside each window of a
+few shards, so that reads stay local. The random numbers are raw Philox words addressed by (seed,
+epoch, window), not a stream: any index is reached without what came before, and the order depends
+neither on the number of workers nor on numpy's shuffling code.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SHARDS, _SAMPLES = 0, 1  # what a permutation is for: separate regions of the Philox counter
+
+
+class SampleOrder:
+    """Map the global index of a training example to the sample it shows.
+
+    Epoch e covers the global indices [e N, (e + 1) N) for N samples. Walking through a window
+    computes its permutation once; jumping elsewhere costs one epoch plan and one window.
+
+    Args:
+        shard_sizes: samples per shard, as `JoinedShards.shard_sizes`; zeros are allowed.
+        seed: in [0, 2^64).
+        window_shards: shards whose samples are mixed with each other.
+
+    Raises:
+        ValueError: an argument is out of range, or there is no sample at all.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, window_shards: int = 8) -> None:
+        if any(size < 0 for size in shard_sizes):
+            raise ValueError(f"shard_sizes must be at least 0, got {min(shard_sizes)}")
+        if sum(shard_sizes) == 0:
+            raise ValueError(f"no samples to order in {len(shard_sizes)} shards")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+        if window_shards < 1:
+            raise ValueError(f"window_shards must be at least 1, got {window_shards}")
+        self.num_samples = sum(shard_sizes)
+        self._shard_sizes = tuple(shard_sizes)
+        self._shard_ends = tuple(accumulate(shard_sizes))
+        self._seed = seed
+        self._window_shards = window_shards
+        self._epoch = self._plan_epoch(0)
+        self._window = self._shuffle_window(self._epoch, 0)
+
+    def __getitem__(self, global_index: int) -> int:
+        """Return the sample index, in [0, num_samples)."""
+        if global_index < 0:
+            raise IndexError(f"global_index must be at least 0, got {global_index}")
+        epoch_index, position = divmod(global_index, self.num_samples)
+        window = self._window  # read once: another thread may replace it
+        if not (window.epoch_index == epoch_index and 0 <= position - window.start < window.size):
+            window = self._window = self._find_window(epoch_index, position)
+        return int(window.sample_indices[position - window.start])
+
+    def _find_window(self, epoch_index: int, position: int) -> _Window:
+        epoch = self._epoch
+        if epoch.index != epoch_index:
+            epoch = self._epoch = self._plan_epoch(epoch_index)
+        return self._shuffle_window(epoch, bisect_right(epoch.window_ends, position))
+
+    def _plan_epoch(self, epoch_index: int) -> _Epoch:
+        num_shards = len(self._shard_sizes)
+        shards = self._permutation(num_shards, epoch_index, _SHARDS, 0).tolist()
+        windows = [
+            shards[first : first + self._window_shards]
+            for first in range(0, num_shards, self._window_shards)
+        ]
+        sizes = (sum(self._shard_sizes[shard] for shard in window) for window in windows)
+        return _Epoch(index=epoch_index, windows=windows, window_ends=list(accumulate(sizes)))
+
+    def _shuffle_window(self, epoch: _Epoch, window_index: int) -> _Window:
+        samples = np.concatenate([self._samples_of(s) for s in epoch.windows[window_index]])
+        order = self._permutation(len(samples), epoch.index, _SAMPLES, window_index)
+        return _Window(
+            epoch_index=epoch.index,
+            start=epoch.window_ends[window_index] - len(samples),
+            sample_indices=samples[order],
+        )
+
+    def _samples_of(self, shard_index: int) -> NDArray[np.int64]:
+        end = self._shard_ends[shard_index]
+        return np.arange(end - self._shard_sizes[shard_index], end)
+
+    def _permutation(
+        self, size: int, epoch_index: int, purpose: int, window_index: int
+    ) -> NDArray[np.int64]:
+        # The low words of the counter run through the draws; the high ones address the stream.
+        philox = np.random.Philox(
+            key=np.array([self._seed, epoch_index], dtype=np.uint64),
+            counter=np.array([0, 0, purpose, window_index], dtype=np.uint64),
+        )
+        return np.argsort(philox.random_raw(size), kind="stable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """The shuffled shards of one epoch, cut into windows."""
+
+    index: int
+    windows: list[list[int]]  # shard indices
+    window_ends: list[int]  # position in the epoch after each window
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """The shuffled samples of one window."""
+
+    epoch_index: int
+    start: int  # position in the epoch
+    sample_indices: NDArray[np.int64]
+
+    @property
+    def size(self) -> int:
+        return len(self.sample_indices)

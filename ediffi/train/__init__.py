@@ -1,0 +1,1 @@
+"""Training of one denoiser: data, DeepSpeed engine, EMA, checkpoints and the loop."""

@@ -1,0 +1,1 @@
+"""The orchestrator: recipe, stages, runner, ledger, tracking and the command line."""

@@ -1,0 +1,343 @@
+"""The recipe: what a run makes, as one model that is checked whole before anything starts.
+
+Unknown fields are errors. What things take is said in `resources`, which enters no fingerprint.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from ediffi.noise import NoiseInterval, SigmaDistribution, check_tiling, paper_intervals
+from ediffi.train.config import TrainConfig
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Finite, Field(gt=0)]
+NonNegative = Annotated[Finite, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Resize = Literal["center_crop", "pad", "stretch"]
+
+# A misspelt field must be an error in the model library's own dataclasses too.
+TrainConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown fields are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# -- data -------------------------------------------------------------------------------------
+
+
+class HeldOut(Section):
+    """Which samples are kept out of training: rows whose `column` is `value`, or a fraction."""
+
+    column: str = ""
+    value: str = ""
+    fraction: Fraction = 0.05
+
+    @property
+    def by_column(self) -> bool:
+        return bool(self.column)
+
+
+class Pictures(Section):
+    """What the sources that make shards share."""
+
+    caption_column: str = "caption"
+    key_column: str = ""  # "": rows are numbered
+    held_out: HeldOut = HeldOut()
+    image_px: PositiveInt
+    resize: Resize = "center_crop"
+    shard_images: PositiveInt = 1000
+    max_rejects_fraction: Fraction = 0.05
+
+
+class UrlList(Pictures):
+    """A parquet or CSV of addresses and captions, fetched by img2dataset."""
+
+    source: Literal["urls"]
+    list: Path
+    address_column: str = "url"
+    address_prefix: str = ""  # "": relative addresses are files beside the list
+    timeout_s: PositiveInt = 10
+    threads: PositiveInt = 16
+
+
+class PictureFolder(Pictures):
+    """A folder of pictures and a parquet or CSV that names each file and its caption."""
+
+    source: Literal["folder"]
+    folder: Path
+    list: Path
+    path_column: str = "path"
+
+
+class ReadyShards(Section):
+    """webdataset tars made elsewhere, adopted where they lie."""
+
+    source: Literal["shards"]
+    train: str  # glob
+    held_out: str  # glob
+    image_px: PositiveInt
+    resize: Resize = "center_crop"
+    max_rejects_fraction: Fraction = 0.05
+
+
+Data = Annotated[UrlList | PictureFolder | ReadyShards, Field(discriminator="source")]
+
+
+# -- encoders and conditioning ------------------------------------------------------------------
+
+
+class Encoder(Section):
+    """One encoder: its embeddings are cached as a stream and condition the network.
+
+    `weights` is a hub name, an open_clip tag, a local directory, `package:MODULE` for weights
+    that come inside an installed package, or `fitted` for the CLIP that `clip_fit` makes.
+    """
+
+    family: Literal["transformers", "open_clip_text", "open_clip_image"]
+    weights: str
+    model: str = ""
+    max_tokens: PositiveInt = 77
+    pad: Literal["drop", "keep"] = "drop"
+    compute_dtype: Literal["fp32", "bf16"] = "fp32"
+    storage_dtype: Literal["fp32", "bf16"] = "bf16"
+    dropout: Fraction = 0.1  # probability that a training sample goes without this stream
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.weights == "fitted"
+
+
+class ClipFit(Section):
+    """Fit a small CLIP on the recipe's own pictures: for demos and private domains."""
+
+    image_px: PositiveInt = 32
+    num_steps: PositiveInt = 300
+    batch_images: PositiveInt = 128
+    width: PositiveInt = 64
+    lr: Positive = 2e-3
+
+
+# -- model and training -------------------------------------------------------------------------
+
+
+class Noise(Section):
+    """ln sigma ~ N(log_mean, log_std^2); `sigma_data` is the standard deviation of the data."""
+
+    log_mean: Finite = -1.2
+    log_std: Positive = 1.2
+    sigma_data: Positive = 0.5
+
+    @property
+    def distribution(self) -> SigmaDistribution:
+        return SigmaDistribution(log_mean=self.log_mean, log_std=self.log_std)
+
+
+class Network(Section):
+    """Size of the U-Net. Resolutions count pixels of the feature map, after pixel-unshuffle."""
+
+    patch_px: PositiveInt = 1
+    widths: tuple[PositiveInt, ...]
+    num_blocks: PositiveInt = 3
+    self_attention_px: tuple[PositiveInt, ...] = ()
+    cross_attention_px: tuple[PositiveInt, ...] = ()
+    head_width: PositiveInt = 64
+    context_width: PositiveInt
+    embedding_width: PositiveInt
+
+
+class Interval(Section):
+    """One expert's share of the noise: edges by quantile of p(sigma), or by sigma itself."""
+
+    name: Name
+    quantiles: tuple[Fraction, Fraction] | None = None
+    sigma: tuple[NonNegative, float] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Interval:
+        if (self.quantiles is None) == (self.sigma is None):
+            raise ValueError(f"interval {self.name!r}: give either `quantiles` or `sigma`")
+        return self
+
+    @field_serializer("sigma", when_used="json")
+    def _write_infinity(self, sigma: tuple[float, float] | None) -> list[float | str] | None:
+        # JSON has no infinity: it is written as the string "inf", which reads back as the number
+        return None if sigma is None else [str(one) if math.isinf(one) else one for one in sigma]
+
+    def resolve(self, distribution: SigmaDistribution) -> NoiseInterval:
+        if self.quantiles is not None:
+            return NoiseInterval.from_quantiles(*self.quantiles, distribution)
+        assert self.sigma is not None
+        return NoiseInterval(*self.sigma)
+
+
+class Experts(Section):
+    """How the noise axis is split, and how each expert is fine-tuned from the base."""
+
+    split: Literal["paper"] | tuple[Interval, ...] = "paper"
+    train: TrainConfig
+
+    def intervals(self, distribution: SigmaDistribution) -> dict[str, NoiseInterval]:
+        """The experts' noise intervals by name. Raises ValueError unless they tile the axis."""
+        if self.split == "paper":
+            return paper_intervals(distribution)
+        names = [interval.name for interval in self.split]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"experts.split: two intervals are named {name!r}")
+        intervals = {interval.name: interval.resolve(distribution) for interval in self.split}
+        check_tiling(intervals)
+        return intervals
+
+
+# -- sampling and evaluation --------------------------------------------------------------------
+
+
+class Sampling(Section):
+    """Pictures to make: a grid for the prompts, and a set for the held-out captions."""
+
+    prompts: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    sampler: Literal["heun", "dpm++2m"] = "heun"
+    num_steps: PositiveInt = 18
+    guidance: NonNegative = 2.0
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
+    num_held_out_captions: PositiveInt = 256
+    pictures_per_caption: PositiveInt = 1
+    batch_pictures: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _descending(self) -> Sampling:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}"
+            )
+        return self
+
+
+class ClipFeatures(Section):
+    """Pictures as the vectors of one of the recipe's own CLIP image encoders."""
+
+    kind: Literal["clip"]
+    encoder: Name = "clip_image"
+
+
+class TimmFeatures(Section):
+    """Pictures as the pooled features of a timm model."""
+
+    kind: Literal["timm"]
+    model: str
+    weights: str
+
+
+class Evaluation(Section):
+    """Loss per noise level on held-out samples, Fréchet distance and text alignment."""
+
+    num_bins: PositiveInt = 8
+    draws_per_bin: Annotated[int, Field(ge=2)] = 512
+    batch_images: PositiveInt = 128
+    features: Annotated[ClipFeatures | TimmFeatures, Field(discriminator="kind")]
+    alignment: Literal["clip", "shapes"] = "clip"
+    text_encoder: Name = "clip_text"  # for the CLIP score
+
+
+# -- resources ----------------------------------------------------------------------------------
+
+
+class Resources(Section):
+    """What one unit of a stage takes, and how stubbornly it is tried."""
+
+    num_workers: PositiveInt = 1  # workers of one training gang
+    cpus: NonNegative = 1.0
+    gpus: NonNegative = 0.0
+    attempts: PositiveInt = 3
+
+
+STAGES = ("ingest", "clip_fit", "embed", "base", "experts", "assemble", "sample", "evaluate")
+
+
+class Recipe(Section):
+    """The whole recipe."""
+
+    name: Name
+    seed: int = 0
+    data: Data
+    clip_fit: ClipFit | None = None
+    encoders: dict[Name, Encoder] = Field(min_length=1)
+    noise: Noise = Noise()
+    network: Network
+    base: TrainConfig
+    experts: Experts
+    sample: Sampling
+    evaluate: Evaluation
+    resources: dict[str, Resources] = Field(default_factory=dict)
+
+    @field_validator("resources")
+    @classmethod
+    def _known_stages(cls, value: dict[str, Resources]) -> dict[str, Resources]:
+        for name in value:
+            if name not in STAGES:
+                raise ValueError(f"no stage {name!r}; stages: {', '.join(STAGES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        self.experts.intervals(self.noise.distribution)
+        if self.clip_fit is None:
+            for name, encoder in self.encoders.items():
+                if encoder.is_fitted:
+                    raise ValueError(
+                        f"encoders.{name}.weights is 'fitted', which needs a `clip_fit:` section"
+                    )
+        self._check_evaluation()
+        return self
+
+    def _check_evaluation(self) -> None:
+        wanted = {}
+        if isinstance(self.evaluate.features, ClipFeatures):
+            wanted["evaluate.features.encoder"] = (
+                self.evaluate.features.encoder,
+                "open_clip_image",
+            )
+        if self.evaluate.alignment == "clip":
+            wanted["evaluate.text_encoder"] = (self.evaluate.text_encoder, "open_clip_text")
+        for field, (name, family) in wanted.items():
+            fitting = [key for key, encoder in self.encoders.items() if encoder.family == family]
+            if name not in fitting:
+                raise ValueError(
+                    f"{field}: must name an encoder of family {family}, got {name!r}; "
+                    f"the recipe has: {', '.join(fitting) or 'none'}"
+                )
+        if self.evaluate.alignment == "clip":
+            self._check_clip_pair(self.encoders[self.evaluate.text_encoder])
+
+    def _check_clip_pair(self, text: Encoder) -> None:
+        """The CLIP score needs the image half of the same CLIP."""
+        images = [one for one in self.encoders.values() if one.family == "open_clip_image"]
+        if (text.weights, text.model) not in [(one.weights, one.model) for one in images]:
+            raise ValueError(
+                f"evaluate.alignment: 'clip' needs an encoder of family open_clip_image with the "
+                f"weights of {self.evaluate.text_encoder!r} ({text.weights!r}, {text.model!r})"
+            )
+
+    def resources_of(self, stage: str) -> Resources:
+        """Resources of a stage by its name; `embed/t5` takes those of `embed`."""
+        return self.resources.get(stage.split("/")[0], Resources())

@@ -1,0 +1,178 @@
+"""Reading a recipe file: YAML without its traps, overrides, and errors that name broken fields.
+
+A misspelt field is answered with the likely right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from importlib import resources as package_resources
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ediffi.train.config import TrainConfig
+from pipelines.errors import UserError
+from pipelines.recipe import Recipe
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `section.field=value` overrides and validate the whole.
+
+    Args:
+        source: path of a YAML file, or the bare name of a recipe that comes with the package.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or breaks a rule; every broken field is
+            named with what was required and found.
+    """
+    document = _parse(_read(source), source)
+    for override in overrides:
+        _apply(document, override)
+    _pass_seed_on(document)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _explain(error))
+        raise UserError(f"recipe {source}:\n{lines}") from error
+
+
+def _pass_seed_on(document: dict[str, Any]) -> None:
+    """Training runs that name no seed of their own take the recipe's."""
+    experts = document.get("experts")
+    for section in (document.get("base"), experts.get("train") if _is_dict(experts) else None):
+        if _is_dict(section):
+            section.setdefault("seed", document.get("seed", 0))
+
+
+def _is_dict(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
+def _read(source: str) -> str:
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise UserError(f"no recipe at {path.absolute()}")
+        return path.read_text()
+    shipped = package_resources.files("pipelines") / "recipes"
+    names = sorted(Path(entry.name).stem for entry in shipped.iterdir())
+    if source not in names:
+        raise UserError(
+            f"no recipe {source!r}: give the path of a .yaml file or one of {', '.join(names)}"
+        )
+    return (shipped / f"{source}.yaml").read_text()
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's plain values and no duplicate keys.
+
+    PyYAML follows YAML 1.1: `off` is False, `1:30:00` is 5400, `010` is 8, `2e8` is a string.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("bool", r"true|false", ["t", "f"]),
+    ("int", r"[-+]?[0-9]+", [*"-+0123456789"]),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("float", r"[-+]?\.inf", [*"-+."]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        document = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {source}: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"recipe {source}: must be a mapping of sections, got {document!r}")
+    return document
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise UserError(f"--set takes section.field=value, got {override!r}")
+    *parents, last = path.split(".")
+    target = document
+    for name in parents:
+        target = target.setdefault(name, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {override}: {name!r} is not a section")
+    try:
+        target[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: {error}") from error
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        location = _without_tags([str(part) for part in problem["loc"]])
+        field = ".".join(location) or "recipe"
+        if field == "experts.split" and isinstance(problem["input"], list):
+            continue  # only says that a list is not 'paper'; what is wrong with it follows
+        if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+            known = _fields_at(Recipe, location[:-1])
+            close = difflib.get_close_matches(location[-1], known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            yield f"{field}: unknown field; {hint}"
+        elif problem["type"] == "missing":
+            yield f"{field}: required, but absent"
+        elif problem["type"] == "value_error":
+            yield f"{field}: {problem['ctx']['error']}"
+        else:
+            yield f"{field}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _without_tags(location: list[str]) -> list[str]:
+    """Drop the union tags that pydantic puts after `data`, `evaluate.features` and the like."""
+    for union in (["data"], ["evaluate", "features"], ["experts", "split"]):
+        if location[: len(union)] == union:
+            return union + location[len(union) + 1 :]
+    return location
+
+
+def _fields_at(annotation: Any, location: Sequence[str]) -> list[str]:
+    """Names of the fields a mapping at `location` below `annotation` may have."""
+    location = [part for part in location if not part.isdigit()]  # all items of a list are alike
+    if location:
+        inner = [
+            found
+            for fields in _field_types(annotation)
+            if (found := fields.get(location[0], fields.get("*"))) is not None
+        ]
+        return sorted({name for one in inner for name in _fields_at(one, location[1:])})
+    return sorted({name for fields in _field_types(annotation) for name in fields})
+
+
+def _field_types(annotation: Any) -> Iterator[dict[str, Any]]:
+    """Fields by name of every model inside an annotation; `*` stands for any key of a dict."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield {name: field.annotation for name, field in annotation.model_fields.items()}
+    elif annotation is TrainConfig:
+        yield dict(typing.get_type_hints(TrainConfig))
+    elif typing.get_origin(annotation) is dict:
+        yield {"*": typing.get_args(annotation)[1]}
+    else:
+        for inner in typing.get_args(annotation):
+            yield from _field_types(inner)

@@ -1,0 +1,34 @@
+"""The stages, one file each, and the graph a recipe makes of them."""
+
+from __future__ import annotations
+
+from pipelines.recipe import Recipe
+from pipelines.stage import Stage
+from pipelines.stages.assemble import Assemble
+from pipelines.stages.clip_fit import FitClip
+from pipelines.stages.embed import Embed
+from pipelines.stages.evaluate import Evaluate
+from pipelines.stages.ingest import ingest_stage
+from pipelines.stages.sample import Sample
+from pipelines.stages.train_base import TrainBase
+from pipelines.stages.train_experts import TrainExperts
+
+
+def build_stages(recipe: Recipe) -> list[Stage]:
+    """Every stage of a recipe, each after those it needs."""
+    stages: list[Stage] = [ingest_stage(recipe)]
+    if recipe.clip_fit is not None:
+        stages.append(FitClip(config=recipe.clip_fit, seed=recipe.seed))
+    embeds = [
+        Embed(encoder_name=name, encoder=encoder) for name, encoder in recipe.encoders.items()
+    ]
+    stages += embeds
+    embed_names = tuple(embed.name for embed in embeds)
+    return [
+        *stages,
+        TrainBase(recipe=recipe, embeds=embed_names),
+        TrainExperts(recipe=recipe, embeds=embed_names),
+        Assemble(recipe=recipe, embeds=embed_names),
+        Sample(config=recipe.sample, seed=recipe.seed),
+        Evaluate(recipe=recipe, embeds=embed_names),
+    ]

@@ -1,0 +1,46 @@
+"""Train the base denoiser on the whole noise axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pipelines.recipe import Recipe
+from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
+from pipelines.stages.training import train_identity, train_unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBase:
+    """One unit: the base."""
+
+    recipe: Recipe
+    embeds: tuple[str, ...]
+    name: ClassVar[str] = "base"
+    version: ClassVar[int] = 1
+    gang: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("ingest", *self.embeds)
+
+    def identity(self) -> Json:
+        recipe = self.recipe
+        return {
+            "network": recipe.network.model_dump(mode="json"),
+            "noise": recipe.noise.model_dump(mode="json"),
+            "image_px": recipe.data.image_px,
+            "resize": recipe.data.resize,
+            "streams": list(recipe.encoders),  # their order is the order of the context
+            "dropout": {name: encoder.dropout for name, encoder in recipe.encoders.items()},
+            "train": train_identity(recipe.base),
+        }
+
+    def plan(self, inputs: Mapping[str, Manifest]) -> list[Unit]:
+        return [Unit(id="base")]
+
+    def run(self, unit: Unit, workspace: Workspace) -> Outcome:
+        from ediffi.noise import WHOLE
+
+        return train_unit(self.recipe, self.recipe.base, WHOLE, None, unit.id, workspace)
