@@ -22,7 +22,7 @@ STORE = "ediffi-store"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         return int(options.command(options) or 0)
     except (UserError, RetryableError, StageFailed) as error:
@@ -34,6 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ediffi cache ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the command; stages may also stand after options, as in `run R --json ingest`.
+
+    argparse alone gives up on a list of positionals that an option interrupts.
+    """
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "stages") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.stages += rest
+    return options
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.errors import StageFailed, UserError
+from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
@@ -82,7 +82,7 @@ def _run(recipe: Recipe, options: Namespace, selected: list[str] | tuple[str, ..
     ledger = Ledger.open(options.store)
     try:
         record = run_recipe(recipe, ledger, selected=selected)
-    except StageFailed:
+    except (StageFailed, RetryableError):
         if options.json:
             print(json.dumps(_result(ledger, ledger.runs()[0])))
         raise

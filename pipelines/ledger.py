@@ -165,10 +165,9 @@ class Ledger:
         return StageRecord(self.store / name / fingerprint)
 
     def manifests(self, name: str = "*") -> Iterator[Manifest]:
-        """Every finished stage of that name (`*`: any), newest first."""
-        paths = list(self.store.glob(f"{name}/*/manifest.json"))
-        if name == "*":
-            paths += self.store.glob("*/*/*/manifest.json")
+        """Every finished stage of that name (`embed`: each `embed/...`; `*`: any), newest first."""
+        patterns = (f"{name}/*/manifest.json", f"{name}/*/*/manifest.json")
+        paths = {path for pattern in patterns for path in self.store.glob(pattern)}
         for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             yield Manifest.load(path.parent)
 

@@ -308,6 +308,8 @@ class Recipe(Section):
                         f"encoders.{name}.weights is 'fitted', which needs a `clip_fit:` section"
                     )
         self._check_evaluation()
+        for stage, config in (("base", self.base), ("experts", self.experts.train)):
+            config.micro_batch(self.resources_of(stage).num_workers)
         return self
 
     def _check_evaluation(self) -> None:

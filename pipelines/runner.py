@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import ray
 
-from pipelines.errors import RetryableError, StageFailed
+from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.execute import Task, read_progress
 from pipelines.gang import run_gang
 from pipelines.ledger import Ledger

@@ -264,7 +264,12 @@ class Tracker:
             **{f"rejects/{reason}": count for reason, count in manifest.num_rejects.items()},
         }
         for receipt in receipts:
-            row |= receipt.facts.get("metrics", {})
+            prefix = f"{receipt.unit}/" if len(receipts) > 1 else ""
+            metrics = receipt.facts.get("metrics", {})
+            row |= {f"{prefix}{name}": value for name, value in metrics.items()}
+            # on the parent too: that is the row people compare
+            on_parent = {f"{manifest.stage}/{prefix}{name}": metrics[name] for name in metrics}
+            self._log_rows(client, self._runs[""], [on_parent])
             for name in receipt.facts.get("artifacts", ()):
                 client.log_artifact(run, str(manifest.directory / name))
         self._log_rows(client, run, [row])

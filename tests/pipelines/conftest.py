@@ -1,0 +1,51 @@
+"""What tests of the orchestrator share: the demo recipe, an empty store and one Ray."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.ledger import Ledger
+from pipelines.recipe import Recipe
+from pipelines.recipe_file import load_recipe
+from tests.pipelines import fake_stages
+from tests.pipelines.fake_stages import FakeStage
+
+
+@pytest.fixture(scope="session")
+def demo_recipe() -> Recipe:
+    """The recipe of `ediffi demo`."""
+    return load_recipe("demo")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """The ledger of an empty store."""
+    return Ledger.open(tmp_path / "store")
+
+
+@pytest.fixture
+def use_stages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it with stages: whatever the recipe, these are planned and run."""
+
+    def use(*stages: FakeStage) -> None:
+        monkeypatch.setattr("pipelines.planning.build_stages", lambda recipe: list(stages))
+
+    return use
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray on this machine for the whole session, started as a run starts it."""
+    import ray
+
+    from pipelines.ray_cluster import connect
+
+    # Workers cannot import test modules: the stages travel with their code.
+    ray.cloudpickle.register_pickle_by_value(fake_stages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        connect()
+    yield
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(fake_stages)

@@ -1,0 +1,128 @@
+"""Stages without pictures: small enough to run in every test, on Ray too."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from pipelines.ledger import Ledger, StageRecord
+from pipelines.planning import PlannedStage, describe
+from pipelines.stage import Json, Manifest, Outcome, Receipt, Unit, Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeStage:
+    """Writes one text file a unit.
+
+    Args:
+        setting: the only thing that enters the fingerprint.
+        behaviour: by unit, what it does instead: `fails`, `refuses` its input (ValueError),
+            `refuses as user` (UserError), `is cut off` (RetryableError), `dies` together with its
+            process; `fails once` and `dies once` go well at the second attempt.
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    units: tuple[str, ...] = ("a",)
+    setting: Json = 0
+    behaviour: Mapping[str, str] = field(default_factory=dict)
+    version: ClassVar[int] = 1
+    gang: ClassVar[bool] = False
+
+    def identity(self) -> Json:
+        return {"setting": self.setting}
+
+    def plan(self, inputs: Mapping[str, Manifest]) -> list[Unit]:
+        return [Unit(id=unit) for unit in self.units]
+
+    def run(self, unit: Unit, workspace: Workspace) -> Outcome:
+        with (workspace.durable / "attempts").open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        self._misbehave(unit.id, is_first=workspace.attempt == 1)
+        for images in (1, 2):
+            workspace.report({"images": images, "loss": 1 / images})
+        (workspace.scratch / f"{unit.id}.txt").write_text(f"{self.name}/{unit.id}")
+        (workspace.scratch / "left-over.txt").write_text("not named in the outcome")
+        return Outcome(files=[f"{unit.id}.txt"], num_in=2, num_out=1, rejects={"odd": ["k"]})
+
+    def _misbehave(self, unit_id: str, *, is_first: bool) -> None:
+        from pipelines.errors import RetryableError, UserError
+
+        match self.behaviour.get(unit_id, "works"):
+            case "fails":
+                raise RuntimeError(f"{unit_id} is broken")
+            case "fails once" if is_first:
+                raise RuntimeError(f"{unit_id} is unlucky")
+            case "dies once" if is_first:
+                os._exit(1)
+            case "dies":
+                os._exit(1)
+            case "is cut off":
+                raise RetryableError("no address could be reached")
+            case "refuses":
+                raise ValueError(f"{unit_id} has a wrong input")
+            case "refuses as user":
+                raise UserError(f"{unit_id} has a wrong input") from OSError("an inner reason")
+
+
+def attempts(record: StageRecord, unit: str) -> list[int]:
+    """Process ids of all attempts ever made at a unit."""
+    path = record.durable_path(unit) / "attempts"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def receipt(unit: str = "a", **values: Json) -> Receipt:
+    """A receipt of nothing, but for what the test says."""
+    nothing = {"files": (), "num_in": 0, "num_out": 0, "rejects": {}, "facts": {}}
+    proof = {"seconds": 1.5, "attempt": 1, "host": "here"}
+    return Receipt(unit=unit, **{**nothing, **proof, **values})
+
+
+def manifest(directory: Path, *receipts: Receipt, stage: str = "ingest") -> Manifest:
+    """A finished stage with these receipts; writes nothing."""
+    return Manifest(
+        stage=stage,
+        fingerprint=directory.name,
+        directory=directory,
+        identity={},
+        inputs={},
+        receipts=receipts,
+        run_id="run-1",
+        created="2026-01-01T00:00:00.000+00:00",
+    )
+
+
+def finish(planned: PlannedStage, units: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """Complete a planned stage as if it had run; `units` maps units to files and their text."""
+    scratch = planned.record.directory / "scratch"
+    for unit, files in (units or {}).items():
+        for name, text in files.items():
+            path = scratch / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        outcome = Outcome(files=list(files), num_in=1, num_out=1)
+        planned.record.publish(Unit(id=unit), outcome, scratch, seconds=1.0, attempt=1)
+    planned.record.complete(
+        planned.name,
+        describe(planned.stage, planned.inputs),
+        planned.inputs,
+        [Unit(id=unit) for unit in units or ()],
+        "run-1",
+    )
+
+
+def finish_all(planned: Sequence[PlannedStage]) -> None:
+    """Complete every stage of a plan with no units at all."""
+    for one in planned:
+        finish(one)
+
+
+def write_run(ledger: Ledger, run_id: str, **values: Json) -> Json:
+    """Write a run's record, finished unless the test says otherwise; returns it."""
+    from pipelines.workflow import RunRecord
+
+    record = RunRecord(recipe="demo", resolved={}, run_id=run_id, state="finished")
+    document = {**vars(record), **values}
+    ledger.write_run(document)
+    return document

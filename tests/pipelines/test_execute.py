@@ -1,0 +1,144 @@
+"""Tests of pipelines.execute: one unit from task to receipt, and the rows it reports."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from pipelines.execute import Task, execute, read_progress
+from pipelines.ledger import Ledger
+from pipelines.planning import PlannedStage, plan
+from pipelines.recipe import Recipe
+from pipelines.stage import Unit
+from tests.pipelines.fake_stages import FakeStage, attempts, finish
+
+
+@pytest.fixture
+def task_of(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
+) -> Callable[..., Task]:
+    """Call it with stages to get the task of unit `a` of the last; the others are finished."""
+
+    def make(*stages: FakeStage, attempt: int = 1) -> Task:
+        use_stages(*stages)
+        *before, last = plan(demo_recipe, ledger)
+        for one in before:
+            finish(one)
+        return task(ledger, last, attempt)
+
+    return make
+
+
+def task(ledger: Ledger, planned: PlannedStage, attempt: int) -> Task:
+    return Task(
+        store=ledger.store,
+        stage=planned.stage,
+        fingerprint=planned.fingerprint,
+        inputs=planned.inputs,
+        unit=Unit(id="a"),
+        attempt=attempt,
+    )
+
+
+def scratches(task: Task) -> list[Path]:
+    return list((task.store / ".scratch").glob("*"))
+
+
+def test_a_unit_is_published_and_its_scratch_is_gone(task_of: Callable[..., Task]) -> None:
+    """The named file lies in the store; what the outcome did not name has vanished."""
+    one = task_of(FakeStage(name="first"), FakeStage(name="second", needs=("first",)), attempt=3)
+    receipt = execute(one)
+    assert receipt is not None
+    assert (receipt.unit, receipt.attempt, receipt.num_in, receipt.num_out) == ("a", 3, 2, 1)
+    assert (one.record.directory / "a.txt").read_text() == "second/a"
+    assert not list(one.record.directory.rglob("left-over.txt"))
+    assert scratches(one) == []
+
+
+def test_a_unit_that_is_done_is_not_done_again(task_of: Callable[..., Task]) -> None:
+    """A second worker with the same task gives the receipt that is there."""
+    one = task_of(FakeStage(name="first"))
+    assert execute(one) == execute(one)
+    assert attempts(one.record, "a") == [os.getpid()]
+
+
+def test_a_failed_unit_leaves_no_receipt_and_no_scratch(task_of: Callable[..., Task]) -> None:
+    """What was not finished is not half there; the next attempt succeeds."""
+    broken = task_of(FakeStage(name="first", behaviour={"a": "fails once"}))
+    with pytest.raises(RuntimeError, match="a is unlucky"):
+        execute(broken)
+    assert broken.record.receipt(broken.unit) is None
+    assert scratches(broken) == []
+    again = task_of(FakeStage(name="first"), attempt=2)
+    assert again.record == broken.record
+    assert execute(again) is not None
+    assert len(attempts(again.record, "a")) == 2
+
+
+def test_only_rank_0_publishes_and_keeps_progress(task_of: Callable[..., Task]) -> None:
+    """Every rank of a gang does the work and tells its rows; one receipt and one file come out."""
+    one = task_of(FakeStage(name="first"))
+    told: list[Mapping[str, float]] = []
+    assert execute(one, rank=1, world_size=2, tell=told.append) is None
+    assert one.record.receipt(one.unit) is None
+    assert not one.progress_path.exists()
+    assert scratches(one) == []
+    assert execute(one, rank=0, world_size=2, tell=told.append) is not None
+    rows = [{"images": 1, "loss": 1.0}, {"images": 2, "loss": 0.5}]
+    assert told == rows * 2
+    assert read_progress(one.progress_path) == rows
+
+
+def test_a_unit_sees_the_manifests_of_what_its_stage_needs(task_of: Callable[..., Task]) -> None:
+    """Inputs are found by address; one that is not finished is an error, never an empty input."""
+    one = task_of(FakeStage(name="first"), FakeStage(name="second", needs=("first",)))
+    (ledger_of_first,) = Ledger(one.store).manifests("first")
+    (ledger_of_first.directory / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        execute(one)
+
+
+def write(path: Path, *rows: Mapping[str, float]) -> None:
+    path.write_text("".join("\n" + json.dumps(row) for row in rows))
+
+
+def test_rows_that_a_resumed_attempt_has_overtaken_are_dropped(tmp_path: Path) -> None:
+    """An attempt that resumes at an earlier checkpoint repeats rows: the newer ones count."""
+    path = tmp_path / "progress.jsonl"
+    write(path, *({"images": images, "try": 1} for images in (1, 2, 3, 4)), {"images": 3, "try": 2})
+    assert read_progress(path) == [
+        {"images": 1, "try": 1},
+        {"images": 2, "try": 1},
+        {"images": 3, "try": 2},
+    ]
+
+
+def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:
+    """A worker that died while writing costs its last row and nothing else."""
+    path = tmp_path / "progress.jsonl"
+    write(path, {"images": 1}, {"images": 2})
+    path.write_text(path.read_text()[:-3])
+    assert read_progress(path) == [{"images": 1}]
+
+
+def test_a_torn_row_does_not_swallow_the_next(task_of: Callable[..., Task]) -> None:
+    """The attempt after a kill begins on a line of its own."""
+    one = task_of(FakeStage(name="first"))
+    one.progress_path.parent.mkdir(parents=True)
+    one.progress_path.write_text('\n{"images": 1, "loss": 3.0}\n{"images": 2, "lo')
+    execute(one)
+    assert [row["loss"] for row in read_progress(one.progress_path)] == [1.0, 0.5]
+
+
+def test_rows_without_images_are_all_kept(tmp_path: Path) -> None:
+    """Only the count of images says that a row was overtaken."""
+    path = tmp_path / "progress.jsonl"
+    write(path, {"loss": 1.0}, {"loss": 2.0}, {"images": 5}, {"loss": 3.0})
+    assert len(read_progress(path)) == 4
+
+
+def test_a_unit_that_reported_nothing_has_no_rows(tmp_path: Path) -> None:
+    """No file is no progress."""
+    assert read_progress(tmp_path / "progress.jsonl") == []

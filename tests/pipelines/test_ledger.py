@@ -1,0 +1,210 @@
+"""Tests of pipelines.ledger: what is published is whole, also when the process dies midway."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.ledger import Ledger, StageRecord, write_atomically
+from pipelines.stage import File, Manifest, Outcome, Receipt, Unit
+from tests.pipelines.fake_stages import write_run
+
+UNIT = Unit(id="train-00000")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the code may catch it."""
+
+
+def publish(ledger: Ledger, record: StageRecord, unit: Unit = UNIT) -> Receipt:
+    """Publish two files of one unit."""
+    scratch = ledger.new_scratch()
+    (scratch / "deep").mkdir()
+    (scratch / "a.txt").write_text("a")
+    (scratch / "deep" / "b.txt").write_text("bb")
+    outcome = Outcome(
+        files=["a.txt", "deep/b.txt"],
+        adopted=[File(path="/elsewhere/c.tar", sha256="00", num_bytes=3)],
+        num_in=3,
+        num_out=2,
+        rejects={"image_missing": ("k",)},
+        facts={"split": "train"},
+    )
+    return record.publish(unit, outcome, scratch, seconds=1.23456, attempt=2)
+
+
+def published(record: StageRecord) -> set[str]:
+    """Files under their final names."""
+    return {
+        str(path.relative_to(record.directory))
+        for path in record.directory.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def test_a_receipt_says_what_was_published(ledger: Ledger) -> None:
+    """Files move into the store and the receipt, read back, holds digests and counts."""
+    record = ledger.stage("ingest", "f0")
+    receipt = publish(ledger, record)
+    assert record.receipt(UNIT) == receipt
+    assert published(record) == {"a.txt", "deep/b.txt", "receipts/train-00000.json"}
+    assert [(file.path, file.num_bytes) for file in receipt.files] == [
+        ("a.txt", 1),
+        ("deep/b.txt", 2),
+        ("/elsewhere/c.tar", 3),
+    ]
+    assert receipt.files[0].sha256.startswith("ca978112ca1bbdca")  # sha256 of "a"
+    assert (receipt.num_in, receipt.num_out, receipt.attempt) == (3, 2, 2)
+    assert receipt.rejects == {"image_missing": ["k"]}
+
+
+def test_a_manifest_says_what_a_stage_is(ledger: Ledger) -> None:
+    """A finished stage, read back, is equal to what was written, receipts in the units' order."""
+    record = ledger.stage("ingest", "f0")
+    units = [Unit(id="b"), Unit(id="a")]
+    for unit in units:
+        publish(ledger, record, unit)
+    manifest = record.complete("ingest", {"version": 1}, {"x": "f1"}, units, "run-1")
+    assert record.is_complete
+    assert Manifest.load(record.directory) == record.manifest() == manifest
+    assert [receipt.unit for receipt in manifest.receipts] == ["b", "a"]
+    assert manifest.num_rejects == {"image_missing": 2}
+    assert manifest.seconds == pytest.approx(2.47)
+    assert manifest.path(manifest.receipts[0].files[0]) == record.directory / "a.txt"
+    assert manifest.path(manifest.receipts[0].files[2]) == Path("/elsewhere/c.tar")
+
+
+def test_no_manifest_while_a_unit_lacks_its_receipt(ledger: Ledger) -> None:
+    """A stage is complete only with all its units."""
+    record = ledger.stage("ingest", "f0")
+    publish(ledger, record)
+    with pytest.raises(AssertionError, match="a unit has no receipt"):
+        record.complete("ingest", {}, {}, [UNIT, Unit(id="other")], "run-1")
+    assert not record.is_complete
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """From now on the process dies at the `step`-th rename, counted from 0."""
+    rename, count = os.replace, iter(range(1000))
+
+    def replace(*arguments: Any) -> None:
+        if next(count) == step:
+            raise Killed
+        rename(*arguments)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_unit_killed_midway_is_not_done_and_can_be_redone(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Whichever rename is the last, there is no receipt; the next attempt gives a whole unit."""
+    record = ledger.stage("ingest", "f0")
+    with monkeypatch.context() as patch:
+        die_at(patch, step)
+        with pytest.raises(Killed):
+            publish(ledger, record)
+    assert record.receipt(UNIT) is None
+    assert record.num_receipts == 0
+    publish(ledger, record)
+    assert published(record) == {"a.txt", "deep/b.txt", "receipts/train-00000.json"}
+    assert record.num_receipts == 1
+
+
+def test_a_stage_killed_before_its_manifest_is_unfinished(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All receipts are there, but nobody takes the stage for complete."""
+    record = ledger.stage("ingest", "f0")
+    publish(ledger, record)
+    with monkeypatch.context() as patch:
+        die_at(patch, 0)
+        with pytest.raises(Killed):
+            record.complete("ingest", {}, {}, [UNIT], "run-1")
+    assert not record.is_complete
+    assert list(ledger.manifests()) == []
+    assert record.complete("ingest", {}, {}, [UNIT], "run-1").run_id == "run-1"
+
+
+def test_readers_see_the_old_text_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that dies before its rename leaves the old bytes under the name."""
+    path = tmp_path / "deep" / "run.json"
+    write_atomically(path, "old")
+    with monkeypatch.context() as patch:
+        die_at(patch, 0)
+        with pytest.raises(Killed):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_the_identity_is_noted_once(ledger: Ledger) -> None:
+    """What a fingerprint stands for is written before any work and then left alone."""
+    record = ledger.stage("ingest", "f0")
+    record.open({"version": 1})
+    record.open({"version": 2})
+    assert json.loads((record.directory / "identity.json").read_text()) == {"version": 1}
+    assert not record.is_complete
+
+
+def test_manifests_come_newest_first_and_by_name(ledger: Ledger) -> None:
+    """Stages of a kind with two-part names are found too."""
+    for age, (name, address) in enumerate([("embed/t5", "f2"), ("ingest", "f1"), ("ingest", "f0")]):
+        record = ledger.stage(name, address)
+        record.complete(name, {}, {}, [], "run-1")
+        os.utime(record.directory / "manifest.json", (1000 - age, 1000 - age))
+    assert [one.fingerprint for one in ledger.manifests()] == ["f2", "f1", "f0"]
+    assert [one.fingerprint for one in ledger.manifests("ingest")] == ["f1", "f0"]
+    assert [one.stage for one in ledger.manifests("embed/t5")] == ["embed/t5"]
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id(ledger: Ledger) -> None:
+    """As long as only one run begins so; otherwise the newest runs are listed."""
+    write_run(ledger, "demo-1-aa", started="2026-01-01")
+    write_run(ledger, "demo-2-bb", started="2026-01-02")
+    assert [record["run_id"] for record in ledger.runs()] == ["demo-2-bb", "demo-1-aa"]
+    assert ledger.run("demo-1")["run_id"] == "demo-1-aa"
+    with pytest.raises(UserError, match=r"2 runs in .* named 'demo'; newest: demo-2-bb, demo-1"):
+        ledger.run("demo")
+    with pytest.raises(UserError, match=r"no run in .* named 'x'"):
+        ledger.run("x")
+
+
+def test_a_store_without_runs_says_so(ledger: Ledger) -> None:
+    """An empty store has no newest run to offer."""
+    assert ledger.runs() == []
+    with pytest.raises(UserError, match="newest: none"):
+        ledger.run("x")
+
+
+def test_a_store_must_be_a_directory(tmp_path: Path) -> None:
+    """An object store is refused with a remedy; a place that cannot be made, with the reason."""
+    with pytest.raises(UserError, match="got 's3://bucket/store'; mount the bucket"):
+        Ledger.open("s3://bucket/store")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot create .*/file/store: Not a directory"):
+        Ledger.open(tmp_path / "file" / "store")
+
+
+def test_looking_at_a_store_does_not_create_it(tmp_path: Path) -> None:
+    """`plan` and `status` leave no trace; a file:// address and a path name the same store."""
+    assert Ledger.at(f"file://{tmp_path}/store") == Ledger.at(tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    assert Ledger.open(tmp_path / "store").store.is_dir()
+
+
+def test_scratch_directories_never_meet(ledger: Ledger) -> None:
+    """Two attempts get two directories, on the store's own file system."""
+    first, second = ledger.new_scratch(), ledger.new_scratch()
+    assert first != second
+    assert first.is_relative_to(ledger.store)
+    ledger.discard_scratch(first)
+    ledger.discard_scratch(first)  # a second time does no harm
+    assert [path.exists() for path in (first, second)] == [False, True]
