@@ -40,12 +40,12 @@ lock:
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-# One pip call for the lock: torch and torchvision must be chosen together. Then the project itself,
-# with the setuptools that the lock has just installed.
+# The lock is the whole environment: nothing to resolve (--no-deps), and of 7 GB only what is imported
+# need be compiled, when it is (--no-compile). Then the project itself, with the lock's setuptools.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
 	"ediffi needs Python 3.11 or newer, found " + sys.version.split()[0] + ": make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --requirement requirements.lock
+	$(BIN)/pip install --no-deps --no-compile --requirement requirements.lock
 	$(BIN)/pip install --no-deps --no-build-isolation --editable .
 	@touch $@
