@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from pipelines.errors import UserError
+from pipelines.errors import RetryableError, UserError
 from pipelines.recipe import Resources
 
 # Set, unless the user has, for the processes of a cluster on this machine before they start.
@@ -20,18 +20,35 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
-LOOPBACK = "127.0.0.2"  # Ray takes 127.0.0.1 for "unknown" and listens on every interface instead
+START_ATTEMPTS = 3  # on a busy machine with cold caches Ray's own deadlines can pass
+LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the address that others reach this machine by
 
 
 def connect() -> None:
-    """Join the cluster named by RAY_ADDRESS, or start one on this machine."""
+    """Join the cluster named by RAY_ADDRESS, or start one on this machine.
+
+    Raises:
+        RetryableError: no cluster could be joined or started.
+    """
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(address=os.environ["RAY_ADDRESS"], **options)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise RetryableError(f"no Ray cluster at RAY_ADDRESS={address}: {error}") from error
         return
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, **options)
+    options |= {"address": "local", "include_dashboard": False, "_node_ip_address": LOOPBACK}
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray raises the bare class when a process of its own is late
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise RetryableError(f"Ray did not start on this machine: {error}") from error
+        else:
+            return
 
 
 def check_room(stage: str, resources: Resources, num_workers: int) -> None:

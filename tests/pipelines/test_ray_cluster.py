@@ -1,0 +1,78 @@
+"""Joining and starting clusters, and refusing what would wait for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from pipelines import ray_cluster
+from pipelines.errors import RetryableError, UserError
+from pipelines.recipe import Resources
+
+
+class FakeRay:
+    """Stands in for the module: Ray's own slow starts cannot be had on demand."""
+
+    def __init__(self, failures: Sequence[Exception], nodes: Sequence[Any] = ()) -> None:
+        self.failures, self.starts, self._nodes = list(failures), [], nodes
+
+    def init(self, **options: Any) -> None:
+        self.starts.append(options["address"])
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def shutdown(self) -> None:
+        self.starts.append("shutdown")
+
+    def nodes(self) -> Sequence[Any]:
+        return self._nodes
+
+
+def test_a_late_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that was too slow to start is shut down and started afresh."""
+    fake = FakeRay([Exception("The current node timed out during startup.")])
+    monkeypatch.setattr(ray_cluster, "ray", fake)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray_cluster.connect()
+    assert fake.starts == ["local", "shutdown", "local"]
+
+
+def test_no_start_at_all_is_retryable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last attempt the error says what Ray said, and that running again may help."""
+    monkeypatch.setattr(ray_cluster, "ray", FakeRay([Exception("late")] * 3))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(RetryableError, match="did not start on this machine: late"):
+        ray_cluster.connect()
+
+
+def test_a_missing_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A RAY_ADDRESS that answers nothing is told, and no other cluster is started."""
+    fake = FakeRay([ConnectionError("refused")])
+    monkeypatch.setattr(ray_cluster, "ray", fake)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(RetryableError, match=r"RAY_ADDRESS=10\.0\.0\.1:6379: refused"):
+        ray_cluster.connect()
+    assert fake.starts == ["10.0.0.1:6379"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "num_workers", "words"),
+    [
+        (Resources(cpus=1), 7, "7 workers of 1 CPUs, but the cluster has 6"),
+        (Resources(cpus=5), 1, "largest node 4"),
+        (Resources(gpus=1), 1, "1 GPUs, but the cluster has 0"),
+    ],
+)
+def test_too_large_a_unit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, resources: Resources, num_workers: int, words: str
+) -> None:
+    """More than the cluster has, or a worker that fits on no node, is an error at once."""
+    nodes = [{"Alive": True, "Resources": {"CPU": num}} for num in (2, 4)]
+    nodes.append({"Alive": False, "Resources": {"CPU": 64, "GPU": 8}})
+    monkeypatch.setattr(ray_cluster, "ray", FakeRay([], nodes))
+    ray_cluster.check_room("embed/t5", Resources(cpus=4), 1)
+    with pytest.raises(UserError, match=r"resources\.embed: .*") as caught:
+        ray_cluster.check_room("embed/t5", resources, num_workers)
+    assert words in str(caught.value)
