@@ -36,7 +36,8 @@ def draw_grid(prompts: Sequence[str], pictures: Mapping[str, Tensor]) -> Image.I
         pen.text((column * block, 0), model, fill="black", font=font)
         for index, prompt in enumerate(prompts):
             top = TEXT_PX + index * row
-            pen.text((column * block, top), prompt, fill="dimgray", font=font)
+            if column == 0:  # once a row: prompts may be longer than a block is wide
+                pen.text((0, top), prompt, fill="dimgray", font=font)
             for seed_index, picture in enumerate(model_pictures[index]):
                 tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
                 tile = tile.resize((side, side), Image.Resampling.NEAREST)
