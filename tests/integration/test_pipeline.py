@@ -168,3 +168,16 @@ def test_changed_experts_rerun_only_what_follows(project: Any, undisturbed: Any)
     base = run_of(undisturbed, "base").info.run_id
     assert run_of(result, "base").data.tags["cached_from"] == base
     assert "config.train.lr" in run_of(result, "experts").data.tags["ediffi.reason"]
+
+
+def test_a_gang_of_two_learns_what_one_worker_does(project: Any, undisturbed: Any) -> None:
+    """Two ranks under Ray Train end at the loss of one; a shorter EMA makes it another run."""
+    result = project.run(
+        "store", "base", "--set=resources.base.num_workers=2", "--set=base.ema_half_life_images=99"
+    )
+    assert states(result)["base"] == "ran"
+    alone, gang = (
+        project.manifest(one, "base")["receipts"][0]["facts"]["metrics"]["final_loss"]
+        for one in (undisturbed, result)
+    )
+    assert gang == pytest.approx(alone, abs=1e-4)
