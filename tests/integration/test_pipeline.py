@@ -112,7 +112,7 @@ def test_experts_own_the_papers_intervals(undisturbed: Any) -> None:
     assert [expert.name for expert in info.experts] == ["low", "middle", "high"]
     assert {expert.images_seen for expert in info.experts} == {128}
     assert info.base is not None
-    assert info.base.images_seen == 3200
+    assert info.base.images_seen == 8000
 
 
 def test_pictures_and_report_lie_in_the_store(undisturbed: Any) -> None:
@@ -139,9 +139,9 @@ def test_mlflow_mirrors_the_run(undisturbed: Any) -> None:
     parent = runs["tiny"].info.run_id
     assert {runs[name].data.tags["mlflow.parentRunId"] for name in STAGES} == {parent}
     assert runs["low"].data.tags["mlflow.parentRunId"] == runs["experts"].info.run_id
-    assert runs["tiny"].data.params["base.total_images"] == "3200"
+    assert runs["tiny"].data.params["base.total_images"] == "8000"
     losses = client.get_metric_history(runs["base"].info.run_id, "loss")
-    assert [metric.step for metric in losses][-1] == 3200
+    assert [metric.step for metric in losses][-1] == 8000
     digests = {one.dataset.name: one.dataset.digest for one in runs["base"].inputs.dataset_inputs}
     rows = {row["name"]: row for row in undisturbed["stages"]}
     assert digests["ingest"] == rows["ingest"]["fingerprint"]
