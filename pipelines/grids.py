@@ -23,21 +23,19 @@ def draw_grid(prompts: Sequence[str], pictures: Mapping[str, Tensor]) -> Image.I
         prompts: one a row.
         pictures: by model, uint8 (prompts, seeds, 3, H, W); one block of columns each.
     """
-    num_seeds, side = next(iter(pictures.values())).shape[1], PICTURE_PX
     first = next(iter(pictures.values()))
-    factor = max(1, -(-PICTURE_PX // first.shape[-1]))
-    side = first.shape[-1] * factor
-    block = num_seeds * (side + GAP_PX) + MODEL_GAP_PX
+    side = first.shape[-1] * max(1, -(-PICTURE_PX // first.shape[-1]))
+    block = first.shape[1] * (side + GAP_PX) + MODEL_GAP_PX
     row = side + GAP_PX + TEXT_PX
     size = (block * len(pictures), TEXT_PX + row * len(prompts))
     canvas = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT_PX - 5)
+    for index, prompt in enumerate(prompts):  # once a row: it may be longer than a block is wide
+        pen.text((0, TEXT_PX + index * row), prompt, fill="dimgray", font=font)
     for column, (model, model_pictures) in enumerate(pictures.items()):
         pen.text((column * block, 0), model, fill="black", font=font)
-        for index, prompt in enumerate(prompts):
+        for index in range(len(prompts)):
             top = TEXT_PX + index * row
-            if column == 0:  # once a row: prompts may be longer than a block is wide
-                pen.text((0, top), prompt, fill="dimgray", font=font)
             for seed_index, picture in enumerate(model_pictures[index]):
                 tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
                 tile = tile.resize((side, side), Image.Resampling.NEAREST)
