@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,14 +19,23 @@ _CHOICES = {
     "pad": ("drop", "keep"),
     # No fp16: the feed-forward activations of T5 exceed its range and the states become inf.
     "compute_dtype": ("fp32", "bf16"),
-    "storage_dtype": ("fp32", "bf16"),
+    "storage_dtype": ("fp32", "bf16", "int8"),
+    "layer": ("last", "penultimate"),
+    "too_long": ("truncate", "reject"),
 }
+# What only token states have: its one meaningful value where a stream has none.
+_IMAGE_DEFAULTS = {"layer": "last", "pad": "drop", "too_long": "truncate"}
 _PACKAGE = "package:"
+HUB_PREFIX = "hf-hub:"  # what open_clip writes before a hub repository
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Which network encodes, how long captions may be, and what is stored."""
+    """Which network encodes, how long captions may be, and what is stored.
+
+    A hub name may pin a commit, branch or tag as `NAME@REVISION`. `int8` stores token states with
+    a scale of their own each (see `ediffi.quantization`) and pooled vectors in bf16.
+    """
 
     family: Literal["transformers", "open_clip_text", "open_clip_image"]
     weights: str  # hub name, open_clip tag, local directory or file, or "package:MODULE"
@@ -32,7 +43,9 @@ class EncoderConfig:
     max_tokens: int = 77
     pad: Literal["drop", "keep"] = "drop"  # keep: max_tokens states for every caption
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
-    storage_dtype: Literal["fp32", "bf16"] = "bf16"
+    storage_dtype: Literal["fp32", "bf16", "int8"] = "bf16"
+    layer: Literal["last", "penultimate"] = "last"  # penultimate: the last block is left out
+    too_long: Literal["truncate", "reject"] = "truncate"  # what a cache does with long captions
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the field, what it must be, and what was found."""
@@ -50,6 +63,33 @@ class EncoderConfig:
             )
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
+        if self.family == "open_clip_image":
+            self._check_image()
+        self._check_revision()
+
+    def _check_image(self) -> None:
+        for field, only in _IMAGE_DEFAULTS.items():
+            if getattr(self, field) != only:
+                raise ValueError(
+                    f"{field} must be {only!r} for family 'open_clip_image', got "
+                    f"{getattr(self, field)!r}: pictures have no tokens"
+                )
+        if self.storage_dtype == "int8":
+            raise ValueError(
+                "storage_dtype must be fp32 or bf16 for family 'open_clip_image', got 'int8': "
+                "one vector a picture is small already"
+            )
+
+    def _check_revision(self) -> None:
+        name, at, revision = self.weights.rpartition("@")
+        if not at or local_weights(self) is not None:
+            return
+        is_hub_name = self.family == "transformers" or name.startswith(HUB_PREFIX)
+        if not is_hub_name or not name.removeprefix(HUB_PREFIX) or not revision:
+            raise ValueError(
+                f"weights must be NAME@REVISION for a hub name alone, got {self.weights!r}: an "
+                f"open_clip tag has no revisions; write {HUB_PREFIX}OWNER/NAME@REVISION"
+            )
 
 
 def package_file(module: str, pattern: str) -> Path:
@@ -75,6 +115,19 @@ def package_file(module: str, pattern: str) -> Path:
             f"({', '.join(roots)}): name another package, or give a directory"
         )
     return min(found, key=lambda path: (len(path.parts), str(path)))
+
+
+def hub_revision(config: EncoderConfig) -> tuple[str, str]:
+    """Split the hub name in `weights` from the revision it pins.
+
+    Returns:
+        (name without "hf-hub:", revision); the revision is "" where none is pinned.
+    """
+    name = config.weights.removeprefix(HUB_PREFIX)
+    if "@" not in name:
+        return name, ""
+    name, _, revision = name.rpartition("@")
+    return name, revision
 
 
 def weights_identity(config: EncoderConfig) -> dict[str, str]:
@@ -142,3 +195,23 @@ def local_weights(config: EncoderConfig) -> Path | None:
             "correct the path, or save the model there first"
         )
     return None
+
+
+@contextmanager
+def explained_loading(config: EncoderConfig) -> Iterator[None]:
+    """Turn a library's failure to load a model into a ValueError that says what to do."""
+    try:
+        yield
+    except (OSError, ImportError, KeyError, RuntimeError, ValueError) as error:
+        library = config.family.removesuffix("_text").removesuffix("_image")
+        remedy = (
+            "on a machine without network, download the model once elsewhere and set weights to "
+            "its directory, or fill the cache at HF_HOME"
+            if local_weights(config) is None
+            else "check that its files are complete and of one model"
+        )
+        cause = str(error).strip().split("\n", 1)[0]
+        raise ValueError(
+            f"weights must be a model that {library} can load, got {config.weights!r} "
+            f"{config.model!r} ({type(error).__name__}: {cause}): {remedy}"
+        ) from error

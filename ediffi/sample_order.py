@@ -8,10 +8,8 @@ neither on the number of workers nor on numpy's shuffling code.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +21,17 @@ class SampleOrder:
     """Map the global index of a training example to the sample it shows.
 
     Epoch e covers the global indices [e N, (e + 1) N) for N samples. Walking through a window
-    computes its permutation once; jumping elsewhere costs one epoch plan and one window.
+    computes its permutation once; jumping elsewhere costs one epoch plan and one window: some
+    milliseconds for 100,000 shards of 10,000 samples.
+
+    How good the shuffling is was judged against a perfect shuffle of the whole data set, on the
+    worst data there is, sorted by class with one class a shard (`test_sample_order.py`). For
+    windows of w shards, neighbours share their shard, and so their class, with probability 1/w
+    instead of about 0: runs of one class are w / (w - 1) long instead of 1, and a batch holds at
+    most 2 w classes. Neighbours' positions are otherwise uncorrelated beyond their window. Data
+    that was mixed when its shards were cut, as crawled lists are, cannot tell the two apart. So
+    mix sorted lists before ingesting them, or take more `window_shards`: they cost open files
+    (`JoinedShards.max_open_shards`) and locality, nothing else.
 
     Args:
         shard_sizes: samples per shard, as `JoinedShards.shard_sizes`; zeros are allowed.
@@ -34,20 +42,23 @@ class SampleOrder:
         ValueError: an argument is out of range, or there is no sample at all.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], *, seed: int, window_shards: int = 8) -> None:
-        if any(size < 0 for size in shard_sizes):
-            raise ValueError(f"shard_sizes must be at least 0, got {min(shard_sizes)}")
-        if sum(shard_sizes) == 0:
-            raise ValueError(f"no samples to order in {len(shard_sizes)} shards")
+    def __init__(
+        self, shard_sizes: Sequence[int] | NDArray[np.int64], *, seed: int, window_shards: int = 8
+    ) -> None:
+        sizes = np.array(shard_sizes, dtype=np.int64)
+        if sizes.size and sizes.min() < 0:
+            raise ValueError(f"shard_sizes must be at least 0, got {sizes.min()}")
+        if sizes.sum() == 0:
+            raise ValueError(f"no samples to order in {len(sizes)} shards")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         if window_shards < 1:
             raise ValueError(f"window_shards must be at least 1, got {window_shards}")
-        self.num_samples = sum(shard_sizes)
-        self._shard_sizes = tuple(shard_sizes)
-        self._shard_ends = tuple(accumulate(shard_sizes))
-        self._seed = seed
-        self._window_shards = window_shards
+        self.num_samples = int(sizes.sum())
+        self.seed = seed
+        self.window_shards = window_shards
+        self._shard_sizes = sizes
+        self._shard_starts = np.cumsum(sizes) - sizes
         self._epoch = self._plan_epoch(0)
         self._window = self._shuffle_window(self._epoch, 0)
 
@@ -65,37 +76,36 @@ class SampleOrder:
         epoch = self._epoch
         if epoch.index != epoch_index:
             epoch = self._epoch = self._plan_epoch(epoch_index)
-        return self._shuffle_window(epoch, bisect_right(epoch.window_ends, position))
+        return self._shuffle_window(
+            epoch, int(np.searchsorted(epoch.window_ends, position, side="right"))
+        )
 
     def _plan_epoch(self, epoch_index: int) -> _Epoch:
-        num_shards = len(self._shard_sizes)
-        shards = self._permutation(num_shards, epoch_index, _SHARDS, 0).tolist()
-        windows = [
-            shards[first : first + self._window_shards]
-            for first in range(0, num_shards, self._window_shards)
-        ]
-        sizes = (sum(self._shard_sizes[shard] for shard in window) for window in windows)
-        return _Epoch(index=epoch_index, windows=windows, window_ends=list(accumulate(sizes)))
+        shards = self._permutation(len(self._shard_sizes), epoch_index, _SHARDS, 0)
+        starts = np.arange(0, len(shards), self.window_shards)
+        window_sizes = np.add.reduceat(self._shard_sizes[shards], starts)
+        return _Epoch(index=epoch_index, shards=shards, window_ends=np.cumsum(window_sizes))
 
     def _shuffle_window(self, epoch: _Epoch, window_index: int) -> _Window:
-        samples = np.concatenate([self._samples_of(s) for s in epoch.windows[window_index]])
+        first = window_index * self.window_shards
+        shards = epoch.shards[first : first + self.window_shards]
+        sizes = self._shard_sizes[shards]
+        # Sample indices shard by shard: each shard's start, minus where it begins in the window.
+        shifts = self._shard_starts[shards] - (np.cumsum(sizes) - sizes)
+        samples = np.arange(sizes.sum()) + np.repeat(shifts, sizes)
         order = self._permutation(len(samples), epoch.index, _SAMPLES, window_index)
         return _Window(
             epoch_index=epoch.index,
-            start=epoch.window_ends[window_index] - len(samples),
+            start=int(epoch.window_ends[window_index]) - len(samples),
             sample_indices=samples[order],
         )
-
-    def _samples_of(self, shard_index: int) -> NDArray[np.int64]:
-        end = self._shard_ends[shard_index]
-        return np.arange(end - self._shard_sizes[shard_index], end)
 
     def _permutation(
         self, size: int, epoch_index: int, purpose: int, window_index: int
     ) -> NDArray[np.int64]:
         # The low words of the counter run through the draws; the high ones address the stream.
         philox = np.random.Philox(
-            key=np.array([self._seed, epoch_index], dtype=np.uint64),
+            key=np.array([self.seed, epoch_index], dtype=np.uint64),
             counter=np.array([0, 0, purpose, window_index], dtype=np.uint64),
         )
         return np.argsort(philox.random_raw(size), kind="stable")
@@ -106,8 +116,8 @@ class _Epoch:
     """The shuffled shards of one epoch, cut into windows."""
 
     index: int
-    windows: list[list[int]]  # shard indices
-    window_ends: list[int]  # position in the epoch after each window
+    shards: NDArray[np.int64]  # shard indices; a window is `window_shards` of them
+    window_ends: NDArray[np.int64]  # position in the epoch after each window
 
 
 @dataclass(frozen=True, kw_only=True)

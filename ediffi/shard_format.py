@@ -6,19 +6,34 @@ sample (the webdataset convention). Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ediffi.tar_index import MappedTar, ShardError, split_member_name
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")  # in order of preference
+_DTYPES = {  # of safetensors headers
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 _MAX_NAME_BYTES = 100  # of the name field of a USTAR header
 
 
@@ -139,13 +154,53 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     )
 
 
-def decode_tensors(data: bytes) -> dict[str, Tensor]:
-    """Unpack `encode_tensors`.
+def decode_tensors(data: bytes | bytearray) -> dict[str, Tensor]:
+    """Unpack `encode_tensors`. Tensors share the memory of a bytearray; bytes are copied first.
 
     Raises:
         ShardError: the bytes are not safetensors, or cut.
     """
+    buffer = data if isinstance(data, bytearray) else bytearray(data)
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    if not 8 < start <= len(buffer):
+        raise ShardError(f"not a safetensors member: no header in {len(buffer)} bytes")
+    layout = _layout(bytes(buffer[8:start]))
+    if start + layout.num_bytes != len(buffer):
+        raise ShardError(
+            f"not a safetensors member: {len(buffer)} bytes, its header says "
+            f"{start + layout.num_bytes}"
+        )
+    return {
+        name: torch.frombuffer(buffer, dtype=dtype, count=count, offset=start + begin).view(shape)
+        if count
+        else torch.empty(shape, dtype=dtype)
+        for name, dtype, shape, count, begin in layout.tensors
+    }
+
+
+class _Layout(NamedTuple):
+    """A safetensors header, parsed."""
+
+    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]
+    num_bytes: int  # of all tensors together
+
+
+@lru_cache(maxsize=4096)  # a stream has one header per number of tokens
+def _layout(header: bytes) -> _Layout:
+    """Parse a header; tensors must lie one after another, without holes, as the format demands."""
     try:
-        return load_safetensors(data)
-    except SafetensorError as error:
-        raise ShardError(f"not a safetensors member: {error}") from error
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors, end = [], 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError(f"tensor {name!r} has the shape {shape}")
+            count = math.prod(shape)
+            if entry["data_offsets"] != [end, end + count * dtype.itemsize]:
+                raise ValueError(f"tensor {name!r} does not lie where its shape says")
+            tensors.append((name, dtype, shape, count, end))
+            end += count * dtype.itemsize
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(f"not a safetensors member: {type(error).__name__}: {error}") from error
+    return _Layout(tuple(tensors), end)

@@ -2,31 +2,33 @@
 
 Pictures and captions lie in one tar, every encoder's embeddings in another tar of the same name;
 the tars are joined by sample key. This module is the front door: it also names what lies in
-`shard_format`, `pictures` and `sample_order`.
+`shard_files`, `shard_format`, `pictures` and `sample_order`.
 Axes: C = 3 (RGB), H W in pixels, T tokens, D embedding width.
 """
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence, Set
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-from pathlib import Path
+from itertools import accumulate, chain
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ediffi import remote
+from ediffi.local_cache import LocalCache
 from ediffi.pictures import ImageError, Resize, check_fit, decode_image, fit_image
+from ediffi.quantization import dequantize
 from ediffi.sample_order import SampleOrder
+from ediffi.shard_check import Verify, check_files
+from ediffi.shard_files import ShardFile, ShardRef
 from ediffi.shard_format import (
-    IMAGE_EXTENSIONS,
     ShardWriter,
     caption_of,
     decode_tensors,
@@ -34,7 +36,9 @@ from ediffi.shard_format import (
     picture_of,
     read_shard,
 )
-from ediffi.tar_index import MappedTar, Members, ShardError, Span
+from ediffi.shard_join import JoinedIndex, Missing, join
+from ediffi.shard_tars import Request, Tar, open_tar, read_indexes, read_requests
+from ediffi.tar_index import ShardError
 
 __all__ = [
     "ShardError",
@@ -48,37 +52,19 @@ __all__ = [
     "decode_image",
     "fit_image",
     "Resize",
+    "ShardFile",
     "ShardRef",
     "Sample",
     "Missing",
+    "Verify",
     "JoinedShards",
     "SampleOrder",
 ]
 
-Missing = Literal["error", "skip", "null"]
-
-_MAX_MAPPED_TARS = 256  # each holds a file handle; the usual limit of a process is 1024
-_FILE_STATE = ("_indexes", "_map")  # attributes of JoinedShards that stay in their process
-_ABSENT = Span(0, 0)  # no member begins at byte 0: its header does
+_FILE_STATE = ("_open_shard", "_process_id")  # attributes of JoinedShards that stay here
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardRef:
-    """One shard: the tar of pictures and captions, and a tar of embeddings per stream."""
-
-    name: str
-    image_path: Path
-    embedding_paths: Mapping[str, Path]  # stream name -> tar
-    num_samples: int  # pictures that the receipt of `image_path` promises
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 0:
-            raise ValueError(
-                f"num_samples of shard {self.name!r} must be at least 0, got {self.num_samples}"
-            )
-
-
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """One training sample."""
 
@@ -88,21 +74,37 @@ class Sample:
     streams: dict[str, dict[str, Tensor]]  # stream -> {"tokens": (T, D), "pooled": (D,)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ShardIndex:
-    """Where every member of a joined shard lies: 16 bytes per member, one header scan per tar."""
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    """A shard in use: its tars, pictures first, and where the members lie in them."""
 
-    keys: list[str]
-    spans: NDArray[np.int64]  # (samples, 2 + streams, 2): image, caption, then the streams
+    ref: ShardRef
+    tars: tuple[Tar, ...]
+    index: JoinedIndex
+
+    def requests(self, row: int) -> list[Request]:
+        """What to read for one sample: image, caption, then the streams (offset 0: missing)."""
+        (image, caption, *streams), (pictures, *embeddings) = (
+            self.index.spans[row].tolist(),
+            self.tars,
+        )
+        return [
+            (pictures, *image),
+            (pictures, *caption),
+            *[(tar, *span) for tar, span in zip(embeddings, streams)],
+        ]
 
 
 class JoinedShards(Dataset[Sample]):
-    """Map-style data set over shards of pictures, captions and embeddings.
+    """Map-style data set over shards of pictures, captions and embeddings, local or remote.
 
-    A tar is mapped when first touched, and its headers are scanned once; after that a sample
-    costs a few slices and the decoding, wherever it lies. Copies sent to worker processes carry
-    neither file handles nor indexes: each maps what it touches. Handles are bounded, and `close`
-    releases them; the next access maps again.
+    A shard is opened when first touched: local tars are mapped, remote ones begin to arrive in a
+    local cache while their members are read by ranges. Its members are found through the sidecars,
+    or by one scan of the headers. At most `max_open_shards` are open at a time, so memory does not
+    grow with the number of shards. Copies sent to worker processes carry neither handles nor
+    indexes; forked workers keep local mappings and open remote shards anew.
+
+    Int8 token states come back as bf16, see `ediffi.quantization`.
 
     Args:
         shards: all with the same streams.
@@ -110,12 +112,19 @@ class JoinedShards(Dataset[Sample]):
         resize: how pictures of other sizes are fitted, see `fit_image`.
         missing: what to do with a picture that lacks an embedding. `error` raises ShardError on
             opening its shard (also for an embedding without picture); `skip` leaves the sample
-            out, for which all shards are scanned at once, here; `null` leaves the stream out of
-            the sample, which `collate` turns into the null embedding.
+            out, for which the indexes of all shards are read at once, here; `null` leaves the
+            stream out of the sample, which `collate` turns into the null embedding.
+        verify: how thoroughly files are held against their records, here, see `check_files`.
+        verify_seed: which few files `verify="sample"` hashes.
+        cache: where remote tars are kept; `default` is the environment's, `LocalCache.default`.
+        max_open_shards: at least twice the windows of the order, or shards are opened again and
+            again. Each holds a file handle per tar.
 
     Raises:
         ValueError: no shards, differing streams, or an unknown setting.
-        ShardError: a shard is torn, or it does not hold what its ShardRef promises.
+        ShardError: a file is not the one recorded, a shard is torn, or it does not hold what its
+            ShardRef promises.
+        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -125,21 +134,32 @@ class JoinedShards(Dataset[Sample]):
         image_px: int,
         resize: Resize = "center_crop",
         missing: Missing = "error",
+        verify: Verify = "sample",
+        verify_seed: int = 0,
+        cache: LocalCache | Literal["default"] = "default",
+        max_open_shards: int = 32,
     ) -> None:
         check_fit(image_px, resize)
         if missing not in get_args(Missing):
             choices = ", ".join(get_args(Missing))
             raise ValueError(f"missing must be one of {choices}, got {missing!r}")
+        if max_open_shards < 1:
+            raise ValueError(f"max_open_shards must be at least 1, got {max_open_shards}")
         self.streams = _common_streams(shards)
         self.shards = tuple(shards)
         self.image_px = image_px
         self.resize: Resize = resize
         self.missing: Missing = missing
+        self.max_open_shards = max_open_shards
+        self.cache = LocalCache.default() if cache == "default" else cache
+        files = list(chain.from_iterable(shard.files() for shard in self.shards))
+        self._is_remote = any(remote.is_remote(file.location) for file in files)
         self._forget_files()
-        if missing == "skip":
-            self.shard_sizes = tuple(len(self._index(i).keys) for i in range(len(shards)))
-        else:
-            self.shard_sizes = tuple(shard.num_samples for shard in shards)
+        check_files(files, verify=verify, seed=verify_seed)
+        self.shard_sizes = tuple(
+            len(self._open(i).index.keys) if missing == "skip" else shard.num_samples
+            for i, shard in enumerate(self.shards)
+        )
         self._shard_ends = list(accumulate(self.shard_sizes))
 
     def __len__(self) -> int:
@@ -151,35 +171,35 @@ class JoinedShards(Dataset[Sample]):
         Raises:
             IndexError: `sample_index` outside [0, len).
             ShardError: see the class; also a picture or embedding that cannot be decoded.
+            OSError: a file cannot be read.
         """
-        if not 0 <= sample_index < len(self):
-            raise IndexError(f"sample_index must be in [0, {len(self)}), got {sample_index}")
-        shard_index = bisect_right(self._shard_ends, sample_index)
-        row = sample_index - self._shard_ends[shard_index] + self.shard_sizes[shard_index]
-        shard, index = self.shards[shard_index], self._index(shard_index)
-        image_span, caption_span, *stream_spans = (
-            Span(*span) for span in index.spans[row].tolist()
-        )
-        key = index.keys[row]
-        return Sample(
-            key=key,
-            caption=self._caption(shard, key, caption_span),
-            image=self._image(shard, key, image_span),
-            streams={
-                name: self._tensors(shard.embedding_paths[name], key, span)
-                for name, span in zip(self.streams, stream_spans)
-                if span != _ABSENT
-            },
-        )
+        return self.__getitems__([sample_index])[0]
+
+    def __getitems__(self, sample_indices: Sequence[int]) -> list[Sample]:
+        """Read several samples, as `DataLoader` asks for a batch; remote ones all at once.
+
+        Raises:
+            IndexError, ShardError, OSError: see `__getitem__`.
+        """
+        if self._is_remote and self._process_id != os.getpid():
+            self._forget_files()  # the threads that fetch did not come along through the fork
+        rows = [self._find(sample_index) for sample_index in sample_indices]
+        requests = [shard.requests(row) for shard, row in rows]
+        wanted_now = [request for wanted in requests for request in wanted if request[1]]
+        data = iter(read_requests(wanted_now))
+        return [
+            self._sample(shard, row, [next(data) if offset else None for _, offset, _ in wanted])
+            for (shard, row), wanted in zip(rows, requests)
+        ]
 
     def close(self) -> None:
         """Release all file handles."""
-        self._map.cache_clear()
+        self._open_shard.cache_clear()
 
     def _forget_files(self) -> None:
-        self._indexes: dict[int, _ShardIndex] = {}
         # An evicted tar is unmapped when its last reader lets go: safe between threads.
-        self._map = lru_cache(maxsize=_MAX_MAPPED_TARS)(MappedTar)
+        self._open_shard = lru_cache(maxsize=self.max_open_shards)(self._open)
+        self._process_id = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name not in _FILE_STATE}
@@ -188,111 +208,63 @@ class JoinedShards(Dataset[Sample]):
         vars(self).update(state)
         self._forget_files()
 
-    def _index(self, shard_index: int) -> _ShardIndex:
-        if shard_index not in self._indexes:
-            self._indexes[shard_index] = _join(self.shards[shard_index], self.streams, self.missing)
-        return self._indexes[shard_index]
+    def _find(self, sample_index: int) -> tuple[_OpenShard, int]:
+        if not 0 <= sample_index < len(self):
+            raise IndexError(f"sample_index must be in [0, {len(self)}), got {sample_index}")
+        shard_index = bisect_right(self._shard_ends, sample_index)
+        row = sample_index - self._shard_ends[shard_index] + self.shard_sizes[shard_index]
+        return self._open_shard(shard_index), row
 
-    def _caption(self, shard: ShardRef, key: str, span: Span) -> str:
+    def _open(self, shard_index: int) -> _OpenShard:
+        ref = self.shards[shard_index]
+        files = [ref.images, *(ref.embeddings[name] for name in self.streams)]
+        tars = tuple(open_tar(file, self.cache) for file in files)
+        index = join(ref, self.streams, read_indexes(files, tars), self.missing)
+        return _OpenShard(ref, tars, index)
+
+    def _sample(self, shard: _OpenShard, row: int, data: list[bytearray | None]) -> Sample:
+        key, location = shard.index.keys[row], shard.ref.images.location
+        image, caption, *streams = data
+        assert image is not None, "`join` saw to it"
+        assert caption is not None
         try:
-            return self._map(shard.image_path).read(span).decode()
+            return Sample(
+                key=key,
+                caption=caption.decode(),
+                image=self._image(image),
+                streams={
+                    name: _tensors(shard.ref, name, key, found)
+                    for name, found in zip(self.streams, streams)
+                    if found is not None
+                },
+            )
         except UnicodeDecodeError as error:
-            raise ShardError(f"{shard.image_path}: caption of {key!r} is not UTF-8") from error
-
-    def _image(self, shard: ShardRef, key: str, span: Span) -> Tensor:
-        try:
-            picture = decode_image(self._map(shard.image_path).read(span))
+            raise ShardError(f"{location}: caption of {key!r} is not UTF-8") from error
         except ImageError as error:
-            raise ShardError(f"{shard.image_path}: image of {key!r}: {error}") from error
-        image_HWC = fit_image(picture, self.image_px, self.resize)
+            raise ShardError(f"{location}: image of {key!r}: {error}") from error
+
+    def _image(self, data: bytearray) -> Tensor:
+        image_HWC = fit_image(decode_image(bytes(data)), self.image_px, self.resize)
         return torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
 
-    def _tensors(self, path: Path, key: str, span: Span) -> dict[str, Tensor]:
-        try:
-            return decode_tensors(self._map(path).read(span))
-        except ShardError as error:
-            raise ShardError(f"{path}: embedding of {key!r}: {error}") from error
+
+def _tensors(shard: ShardRef, stream: str, key: str, data: bytearray) -> dict[str, Tensor]:
+    try:
+        return dequantize(decode_tensors(data))
+    except ValueError as error:
+        location = shard.embeddings[stream].location
+        raise ShardError(f"{location}: embedding of {key!r}: {error}") from error
 
 
 def _common_streams(shards: Sequence[ShardRef]) -> tuple[str, ...]:
     if not shards:
         raise ValueError("JoinedShards needs at least one shard, got none")
-    streams = tuple(shards[0].embedding_paths)
+    streams = tuple(shards[0].embeddings)
+    names = set(streams)
     for shard in shards:
-        if set(shard.embedding_paths) != set(streams):
+        if shard.embeddings.keys() != names:
             raise ValueError(
                 f"all shards must have the same streams: {shards[0].name!r} has "
-                f"{sorted(streams)}, {shard.name!r} has {sorted(shard.embedding_paths)}"
+                f"{sorted(streams)}, {shard.name!r} has {sorted(shard.embeddings)}"
             )
     return streams
-
-
-def _join(shard: ShardRef, streams: Sequence[str], missing: Missing) -> _ShardIndex:
-    """Index a shard: scan its tars, check them against each other, apply the missing policy."""
-    pictures = _scan_pictures(shard)
-    embeddings = [_scan_embeddings(shard.embedding_paths[name]) for name in streams]
-    if missing == "error":
-        for name, spans in zip(streams, embeddings):
-            _check_same_keys(shard, name, pictures.keys(), spans.keys())
-    keys = [
-        key for key in pictures if missing != "skip" or all(key in spans for spans in embeddings)
-    ]
-    rows = [[*pictures[key], *(spans.get(key, _ABSENT) for spans in embeddings)] for key in keys]
-    table = np.array(rows, dtype=np.int64).reshape(len(keys), 2 + len(streams), 2)
-    return _ShardIndex(keys=keys, spans=table)
-
-
-def _scan(path: Path) -> dict[str, Members]:
-    with closing(MappedTar(path)) as tar:
-        return tar.index()
-
-
-def _scan_pictures(shard: ShardRef) -> dict[str, tuple[Span, Span]]:
-    """Find image and caption of every sample; other members are left alone."""
-    spans = {}
-    for key, members in _scan(shard.image_path).items():
-        image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
-        caption = members.get("txt")
-        if image is None:
-            found = ", ".join(members)
-            raise ShardError(
-                f"{shard.image_path}: sample {key!r} has no image: needs one member of "
-                f"{', '.join(IMAGE_EXTENSIONS)}, found {found}"
-            )
-        if caption is None:
-            raise ShardError(
-                f"{shard.image_path}: image {key!r} has no caption: needs a member {key}.txt"
-            )
-        spans[key] = (image, caption)
-    if len(spans) != shard.num_samples:
-        raise ShardError(
-            f"{shard.image_path}: {len(spans)} samples found, {shard.num_samples} recorded: the "
-            "shard is not the one that was recorded; produce it again"
-        )
-    return spans
-
-
-def _scan_embeddings(path: Path) -> dict[str, Span]:
-    spans = {}
-    for key, members in _scan(path).items():
-        if "safetensors" not in members:
-            raise ShardError(f"{path}: sample {key!r} has no member {key}.safetensors")
-        spans[key] = members["safetensors"]
-    return spans
-
-
-def _check_same_keys(
-    shard: ShardRef, stream: str, pictures: Set[str], embeddings: Set[str]
-) -> None:
-    path = shard.embedding_paths[stream]
-    remedy = "embed the shard again, or choose the missing policy 'skip' or 'null'"
-    if lacking := sorted(pictures - embeddings):
-        raise ShardError(
-            f"{path}: no {stream!r} embedding of {lacking[0]!r} ({len(lacking)} of "
-            f"{len(pictures)} samples lack theirs); {remedy}"
-        )
-    if orphans := sorted(embeddings - pictures):
-        raise ShardError(
-            f"{path}: {stream!r} embedding of {orphans[0]!r} has no image in {shard.image_path} "
-            f"({len(orphans)} such); {remedy}"
-        )

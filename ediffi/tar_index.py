@@ -1,68 +1,41 @@
-"""Where the members of a shard lie: a strict scan of tar headers over a memory map.
+"""Where the members of a shard lie: scanned strictly, kept in a sidecar, or salvaged from a wreck.
 
-Readers of tar files usually take a file cut between two members for a shorter archive; here every
-header is checked and the closing zero blocks are demanded, so a torn shard is an error. Nothing is
-ever extracted; links, devices and paths that lead elsewhere are refused.
+A reader of whole shards uses `MappedTar.index`, which refuses anything doubtful. Its result can be
+kept as `<shard>.index.json` beside the tar (`write_index`, `read_index`), so that a member is
+reached without scanning. Ingest uses `salvage` on tars made elsewhere, which names every problem
+and gives what is whole.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import mmap
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any
 
-_BLOCK_BYTES = 512
-_CLOSING_BYTES = 2 * _BLOCK_BYTES  # a finished tar ends with at least two blocks of zeros
-_MAX_EXTENDED_HEADER_BYTES = 1 << 20  # long names are short; a longer header is damage or an attack
-_PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
-_PAX_SIZE = re.compile(r"[0-9]{1,19}")
-_NOT_ZERO = re.compile(rb"[^\0]")
-_WEBDATASET_META = re.compile(r"__[^/]*__($|/)")
+import numpy as np
+from numpy.typing import NDArray
 
-_FILES = (b"0", b"\0", b"7")  # regular, regular before POSIX, contiguous
-_DIRECTORY = b"5"
-_GNU_LONG_NAME = b"L"
-_PAX_MEMBER, _PAX_GLOBAL = b"x", b"g"
-_REFUSED_TYPES = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"3": "a character device",
-    b"4": "a block device",
-    b"6": "a FIFO",
-    b"K": "a link with a long name",
-    b"S": "a sparse file",
-}
-
-
-class ShardError(ValueError):
-    """A shard is torn, unsafe or does not hold what its reader was promised."""
-
-
-class Span(NamedTuple):
-    """Where the bytes of one member lie in the tar."""
-
-    offset: int
-    num_bytes: int
-
+from ediffi.tar_headers import (
+    ProblemReason,
+    ShardError,
+    Span,
+    TarHeaders,
+    TarProblem,
+    split_member_name,
+)
 
 Members = dict[str, Span]  # lower-case extension -> where
 
-
-def split_member_name(name: str) -> tuple[str, str] | None:
-    """Split a member path into key and extension, by webdataset's rule.
-
-    The key is everything up to the first dot of the last path component, directories included;
-    the extension is the rest in lower case: `a/b.Seg.PNG` -> (`a/b`, `seg.png`). None for members
-    that belong to no sample: without extension, hidden files, `__meta__` entries.
-    """
-    directory, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot or _WEBDATASET_META.match(name):
-        return None
-    return directory + slash + stem, extension.lower()
+INDEX_SUFFIX = ".index.json"
+_INDEX_VERSION = 1
+_HEADER_BYTES = 512  # no member's data begins before its header
 
 
 class MappedTar:
@@ -77,12 +50,22 @@ class MappedTar:
         self.path = path
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise ShardError(f"{path}: the shard is empty (0 bytes); fetch or produce it again")
+                problem = "the shard is empty (0 bytes)"
+                raise TarProblem(path, "shard_empty", "", problem)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._view = memoryview(self._map)
+
+    def __len__(self) -> int:
+        """Size of the tar in bytes."""
+        return len(self._map)
 
     def read(self, span: Span) -> bytes:
         """Copy out the bytes of one member."""
         return self._map[span.offset : span.offset + span.num_bytes]
+
+    def copy(self, offset: int, num_bytes: int) -> bytearray:
+        """The same as a writable copy, on which tensors can be built."""
+        return bytearray(self._view[offset : offset + num_bytes])
 
     def index(self) -> dict[str, Members]:
         """Scan all headers once: key -> members, both in the order of the tar.
@@ -93,159 +76,270 @@ class MappedTar:
         """
         samples: dict[str, Members] = {}
         previous_key = None
-        for name, span in _HeaderScan(self._map, self.path):
+        headers = self.headers()
+        while (found := headers.next_file()) is not None:
+            name, span = found
             split = split_member_name(name)
             if split is None:
                 continue
             key, extension = split
             if key != previous_key and key in samples:
-                raise ShardError(
-                    f"{self.path}: duplicate key {key!r}: its members must lie side by side and "
+                problem = (
+                    f"duplicate key {key!r}: its members must lie side by side and "
                     f"occur once, but {name!r} follows members of {previous_key!r}"
                 )
+                raise TarProblem(self.path, "duplicate_key", name, problem)
             members = samples.setdefault(key, {})
             if extension in members:
-                raise ShardError(f"{self.path}: duplicate member {name!r}")
+                problem = f"duplicate member {name!r}"
+                raise TarProblem(self.path, "duplicate_member", name, problem)
             members[extension] = span
             previous_key = key
         return samples
 
+    def headers(self) -> TarHeaders:
+        """Walk the headers one by one, from the start."""
+        return TarHeaders(self._map, self.path)
+
+    def sha256(self) -> str:
+        """Digest of the whole file, as hexadecimal digits."""
+        return hashlib.sha256(self._map).hexdigest()
+
     def close(self) -> None:
         """Release the mapping and its file handle."""
+        self._view.release()
         self._map.close()
 
 
-class _HeaderScan:
-    """Walk the headers of a tar (USTAR, GNU and pax long names), strictly.
+@dataclass(frozen=True, kw_only=True)
+class TarIndex:
+    """Where every member of a tar lies, by columns: 16 bytes per member, and the keys."""
 
-    Written out instead of using `tarfile`, which ends silently at a cut on a member boundary and
-    at a damaged header.
+    tar_bytes: int
+    keys: list[str]  # in the order of the tar
+    spans: Mapping[str, NDArray[np.int64]]  # extension -> (samples, 2): offset (0: none), size
+
+    def column(self, extension: str) -> NDArray[np.int64]:
+        """Spans of one kind of member, (samples, 2); offset 0 where a sample has none."""
+        none = np.zeros((len(self.keys), 2), dtype=np.int64)
+        return self.spans.get(extension, none)
+
+    @classmethod
+    def scan(cls, tar: MappedTar) -> TarIndex:
+        """Index a tar by its headers. Raises ShardError, see `MappedTar.index`."""
+        samples = tar.index()
+        extensions = sorted(set(chain.from_iterable(samples.values())))
+        absent = (0, 0)
+        return cls(
+            tar_bytes=len(tar),
+            keys=list(samples),
+            spans={
+                extension: np.array(
+                    [members.get(extension, absent) for members in samples.values()], dtype=np.int64
+                )
+                for extension in extensions
+            },
+        )
+
+
+def write_index(tar_path: Path, index_path: Path) -> None:
+    """Write the sidecar of a finished tar; equal tars give equal bytes.
+
+    The sidecar names the tar's size and sha256, so that it is never taken for another tar's.
+
+    Raises:
+        ShardError: the tar is not sound, see `MappedTar.index`.
     """
+    with closing(MappedTar(tar_path)) as tar:
+        index, sha256 = TarIndex.scan(tar), tar.sha256()
+    columns = {
+        extension: {"offset": spans[:, 0].tolist(), "num_bytes": spans[:, 1].tolist()}
+        for extension, spans in index.spans.items()
+    }
+    content = {
+        "version": _INDEX_VERSION,
+        "tar": {"num_bytes": index.tar_bytes, "sha256": sha256},
+        "keys": index.keys,
+        "members": columns,
+    }
+    partial_path = index_path.with_name(index_path.name + ".partial")
+    partial_path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+    partial_path.replace(index_path)
 
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data = data
-        self.path = path
-        self.position = 0
-        self.name = ""  # of the member last seen, for messages
 
-    def __iter__(self) -> Iterator[tuple[str, Span]]:
-        """Yield (path, span) of every regular file."""
-        overrides: dict[str, str] = {}  # pax or GNU fields for the next member
-        while (header := self._header()) is not None:
-            kind = header[156:157]
-            num_bytes = self._number(header[124:136])
-            if kind in (_PAX_MEMBER, _PAX_GLOBAL, _GNU_LONG_NAME):
-                self._extend(overrides, kind, self._advance("extended header", num_bytes))
-                continue
-            # An overridden name field may be cut inside a character: leave it unread.
-            name = overrides["path"] if "path" in overrides else self._name(header)
-            num_bytes = int(overrides.get("size", num_bytes))
-            overrides = {}
-            self._check_safe(name, kind)
-            span = self._advance(name, num_bytes)
-            if kind != _DIRECTORY and not name.endswith("/"):
-                yield name, span
+def read_index(data: bytes, where: str, *, tar_bytes: int, sha256: str) -> TarIndex:
+    """Parse a sidecar and hold it against its tar.
 
-    def _header(self) -> bytes | None:
-        """Return the next header block, or None at a proper end."""
-        header = self.data[self.position : self.position + _BLOCK_BYTES]
-        where = f"after member {self.name!r}" if self.name else "at its start"
-        if not header:
-            self._fail(
-                f"cut on a member boundary {where}: the two closing zero blocks are missing, "
-                "so members may be lost"
-            )
-        if len(header) < _BLOCK_BYTES:
-            self._fail(f"cut inside a header {where}")
-        if not any(header):
-            self._check_end(where)
-            return None
-        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        if self._number(header[148:156]) != checksum:
-            self._fail(f"no valid (uncompressed) tar header {where}: the checksum does not match")
-        return header
+    Args:
+        data: the sidecar's content.
+        where: its path or address, for messages.
+        tar_bytes: size of the tar; 0: unknown, not compared.
+        sha256: digest of the tar; "": unknown, not compared.
 
-    def _check_end(self, where: str) -> None:
-        closing_bytes = len(self.data) - self.position
-        if closing_bytes < _CLOSING_BYTES:
-            self._fail(f"cut {where}: only one of the two closing zero blocks is there")
-        if _NOT_ZERO.search(self.data, self.position):
-            self._fail(f"the archive ends {where}, but more data follows the end")
+    Raises:
+        ShardError: the sidecar is damaged, of another version, or another tar's.
+    """
+    try:
+        content = json.loads(data)
+        version, tar = content["version"], content["tar"]
+        if version != _INDEX_VERSION:
+            raise ShardError(f"{where}: index version {version!r}, this code reads 1")
+        keys = content["keys"]
+        spans = {name: _column(column, len(keys)) for name, column in content["members"].items()}
+        found_bytes, found_sha256 = int(tar["num_bytes"]), str(tar["sha256"])
+    except ShardError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ShardError(f"{where}: damaged index: {type(error).__name__}: {error}") from error
+    for name, found, required in (
+        ("num_bytes", found_bytes, tar_bytes),
+        ("sha256", found_sha256, sha256),
+    ):
+        if required and found != required:
+            raise ShardError(f"{where}: index of another tar: {name} {found}, required {required}")
+    if len(set(keys)) != len(keys) or not all(isinstance(key, str) for key in keys):
+        raise ShardError(f"{where}: damaged index: keys must be different texts")
+    if any((column.sum(axis=1) > found_bytes).any() for column in spans.values()):
+        raise ShardError(f"{where}: damaged index: a member ends behind the tar")
+    return TarIndex(tar_bytes=found_bytes, keys=keys, spans=spans)
 
-    def _advance(self, name: str, num_bytes: int) -> Span:
-        """Step over the data of a member."""
-        span = Span(self.position + _BLOCK_BYTES, num_bytes)
-        if span.offset + num_bytes > len(self.data):
-            self._fail(
-                f"cut inside member {name!r}: {num_bytes} bytes announced, "
-                f"{len(self.data) - span.offset} present"
-            )
-        num_blocks = -(-num_bytes // _BLOCK_BYTES)
-        self.position = span.offset + num_blocks * _BLOCK_BYTES
-        self.name = name
-        return span
 
-    def _extend(self, overrides: dict[str, str], kind: bytes, span: Span) -> None:
-        """Read an extended header into the fields of the member it precedes."""
-        if span.num_bytes > _MAX_EXTENDED_HEADER_BYTES:
-            self._fail(f"extended header of {span.num_bytes} bytes is too long to be genuine")
-        data = self.data[span.offset : span.offset + span.num_bytes]
-        if kind == _GNU_LONG_NAME:
-            overrides["path"] = self._text(data.partition(b"\0")[0])
-            return
-        fields = self._pax_fields(data)
-        if any(field.startswith("GNU.sparse") for field in fields):
-            self._fail("a sparse file; a shard holds plain files only")
-        if kind == _PAX_MEMBER:
-            overrides.update(fields)
-        elif fields.keys() & {"path", "size"}:
-            self._fail("a global pax header sets the path or size of every member")
+def _column(column: Mapping[str, Any], num_samples: int) -> NDArray[np.int64]:
+    spans = np.array([column["offset"], column["num_bytes"]], dtype=np.int64)
+    offset, num_bytes = spans
+    is_absent = (offset == 0) & (num_bytes == 0)
+    if spans.shape != (2, num_samples) or not (is_absent | (offset >= _HEADER_BYTES)).all():
+        raise ValueError("members must be one offset and one size per key")
+    if (num_bytes < 0).any():
+        raise ValueError("a member has a negative size")
+    return np.ascontiguousarray(spans.T)
 
-    def _pax_fields(self, data: bytes) -> dict[str, str]:
-        """Parse pax records, each `LENGTH NAME=VALUE\\n` with LENGTH counting the whole record."""
-        fields = {}
-        position = 0
-        while position < len(data):
-            record = _PAX_RECORD.match(data, position)
-            if not record or not record.end() < position + int(record[1]) <= len(data):
-                self._fail("damaged pax header")
-            name, end = record[2], position + int(record[1])
-            if name in (b"path", b"size") or name.startswith(b"GNU.sparse"):
-                fields[self._text(name)] = self._text(data[record.end() : end - 1])
-            position = end
-        if not _PAX_SIZE.fullmatch(fields.get("size", "0")):
-            self._fail(f"damaged pax size {fields['size']!r}")
-        return fields
 
-    def _name(self, header: bytes) -> str:
-        name = header[:100].partition(b"\0")[0]
-        prefix = header[345:500].partition(b"\0")[0]
-        if prefix and header[257:263] == b"ustar\0":  # GNU tars keep other things there
-            name = prefix + b"/" + name
-        return self._text(name)
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing wrong with a tar."""
 
-    def _number(self, field: bytes) -> int:
-        """Parse an octal number, or the GNU base-256 form of sizes from 8 GiB."""
-        if field[0] == 0x80:
-            return int.from_bytes(field[1:], "big")
-        digits = field.strip(b" \0")
-        if digits.translate(None, b"01234567"):
-            self._fail(f"no valid (uncompressed) tar header: {field!r} is no number")
-        return int(digits or b"0", 8)
+    reason: ProblemReason
+    name: str  # path of the member concerned, "" where it is none in particular
+    key: (
+        str  # of the sample left out for it, "" where none is known (a duplicate's first one stays)
+    )
+    message: str
 
-    def _text(self, data: bytes) -> str:
+
+@dataclass(frozen=True, kw_only=True)
+class Salvaged:
+    """What is whole in a tar, and what is not."""
+
+    samples: dict[str, Members]  # both in the order of the tar
+    problems: list[Problem]  # empty: the tar is sound, `MappedTar.index` would accept it
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Members of one key that lie side by side."""
+
+    key: str
+    members: Members
+    doubt: TarProblem | None = None  # members of it may be lost in damage before or behind it
+    is_lost: bool = False  # a member of it was refused, by a problem of its own
+
+
+def salvage(path: Path) -> Salvaged:
+    """Find the whole samples of a tar from a stranger, and name every problem.
+
+    Nothing is extracted. A sample is left out, with a problem that names its key, if a member of
+    it is cut, unsafe, a link or a device; if its key came before (the first one stays); or if it
+    lies at a cut or beside damage and lacks an extension that all untouched samples have. Behind
+    damage the walk goes on at the next sound header; how many samples the damage swallowed cannot
+    be known.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    problems: list[Problem] = []
+    try:
+        tar = MappedTar(path)
+    except TarProblem as error:
+        problems.append(_problem(error))
+        return Salvaged(samples={}, problems=problems)
+    with closing(tar):
+        groups = _groups(tar.headers(), problems)
+    first = _first_of_each_key(groups, problems)
+    untouched = [group for group in first.values() if not group.doubt and not group.is_lost]
+    needed = set.intersection(*(set(group.members) for group in untouched)) if untouched else set()
+    samples = {}
+    for key, group in first.items():
+        if group.is_lost:
+            continue
+        if group.doubt and (lacking := needed - group.members.keys()):
+            message = f"{group.doubt.problem}; sample {key!r} lacks {', '.join(sorted(lacking))}"
+            reason = group.doubt.reason
+            problems.append(Problem(reason=reason, name="", key=key, message=message))
+        else:
+            samples[key] = group.members
+    return Salvaged(samples=samples, problems=problems)
+
+
+def _groups(headers: TarHeaders, problems: list[Problem]) -> list[_Group]:
+    """Walk a tar to its end, past whatever is wrong."""
+    groups: list[_Group] = []
+    doubt: TarProblem | None = None  # for the first group behind damage
+    for entry in _entries(headers):
+        problem = entry if isinstance(entry, TarProblem) else None
+        if problem:
+            problems.append(_problem(problem))
+        split = split_member_name(entry.name if isinstance(entry, TarProblem) else entry[0])
+        if split is None:
+            if problem and problem.reason in ("shard_truncated", "shard_damaged"):
+                doubt = problem
+                if groups:
+                    groups[-1].doubt = problem
+            continue
+        key, extension = split
+        if not groups or groups[-1].key != key or extension in groups[-1].members:
+            groups.append(_Group(key=key, members={}, doubt=doubt))
+            doubt = None
+        if isinstance(entry, TarProblem):
+            groups[-1].is_lost = True
+        else:
+            groups[-1].members[extension] = entry[1]
+    return groups
+
+
+def _entries(headers: TarHeaders) -> Iterator[tuple[str, Span] | TarProblem]:
+    while True:
         try:
-            return data.decode()
-        except UnicodeDecodeError:
-            self._fail(f"member name {data!r} is not UTF-8")
+            found = headers.next_file()
+        except TarProblem as problem:
+            yield problem
+            if problem.reason == "shard_truncated":
+                return
+            if problem.reason == "shard_damaged" and not headers.resync():
+                return
+            continue
+        if found is None:
+            return
+        yield found
 
-    def _check_safe(self, name: str, kind: bytes) -> None:
-        if kind in _REFUSED_TYPES:
-            self._fail(f"member {name!r} is {_REFUSED_TYPES[kind]}; a shard holds plain files only")
-        if kind not in _FILES and kind != _DIRECTORY:
-            self._fail(f"member {name!r} has unknown type {kind!r}; a shard holds plain files only")
-        if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            self._fail(f"unsafe member path {name!r}: must be relative, without '..'")
 
-    def _fail(self, problem: str) -> NoReturn:
-        raise ShardError(f"{self.path}: {problem}; fetch or produce the shard again")
+def _first_of_each_key(groups: Sequence[_Group], problems: list[Problem]) -> dict[str, _Group]:
+    first: dict[str, _Group] = {}
+    previous_key = None
+    for group in groups:
+        if group.key not in first:
+            first[group.key] = group
+        else:
+            is_apart = group.key != previous_key
+            reason: ProblemReason = "duplicate_key" if is_apart else "duplicate_member"
+            name = f"{group.key}.{next(iter(group.members), '')}"
+            message = f"{name!r} again: a key must occur once, its members side by side"
+            problems.append(Problem(reason=reason, name=name, key=group.key, message=message))
+        previous_key = group.key
+    return first
+
+
+def _problem(error: TarProblem) -> Problem:
+    split = split_member_name(error.name)
+    key = split[0] if split else ""
+    return Problem(reason=error.reason, name=error.name, key=key, message=error.problem)

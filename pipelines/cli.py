@@ -8,16 +8,24 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipelines import command_options as options_of
 from pipelines import commands
+from pipelines.command_options import late
 from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.ledger import Ledger
-from pipelines.recipe_file import load_recipe
+from pipelines.recipe_file import load_any_recipe
+
+if TYPE_CHECKING:
+    from cluster.doctor import Finding
 
 STORE = "ediffi-store"
+_LISTS = ("stages", "shards")  # positional arguments of which there may be any number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,16 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of the command; stages may also stand after options, as in `run R --json ingest`.
+    """Options of the command; lists may also stand after options, as in `run R --json ingest`.
 
     argparse alone gives up on a list of positionals that an option interrupts.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(options, "stages") or any(word.startswith("-") for word in rest)):
+    words = next((getattr(options, name) for name in _LISTS if hasattr(options, name)), None)
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.stages += rest
+    if words is not None:
+        words += rest
     return options
 
 
@@ -54,8 +63,9 @@ class _Parser(argparse.ArgumentParser):
     """Names the likely command after a misspelt one."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        wrong = re.search(r"argument COMMAND: invalid choice: '(.*?)'", message)
-        close = difflib.get_close_matches(wrong[1], COMMANDS, n=1) if wrong else []
+        wrong = re.search(r"argument (COMMAND|ACTION): invalid choice: '(.*?)'", message)
+        known = {"COMMAND": list(COMMANDS), "ACTION": list(options_of.CACHE_ACTIONS)}
+        close = difflib.get_close_matches(wrong[2], known[wrong[1]], n=1) if wrong else []
         hint = f"; did you mean {close[0]!r}?" if close else ""
         self.exit(2, f"{self.prog}: {message}{hint}\n")
 
@@ -63,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
     parser = _Parser(prog="ediffi", description="Train text-to-image models as ensembles.")
-    parser.add_argument("--store", type=str, default=STORE, help=f"store directory ({STORE})")
+    parser.add_argument("--store", type=str, default=STORE, help=f"directory or URL ({STORE})")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for name, (function, help_text, add_options) in COMMANDS.items():
         verb = verbs.add_parser(name, help=help_text, description=help_text)
@@ -71,67 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
         add_options(verb)
         verb.set_defaults(command=function)
     return parser
-
-
-def _recipe_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", help="a YAML file, or the name of a recipe of the package")
-    verb.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="change one field of the recipe; may be given several times",
-    )
-    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-
-
-def _run_options(verb: argparse.ArgumentParser) -> None:
-    _recipe_options(verb)
-    verb.add_argument("stages", nargs="*", help="only these stages and what they need")
-
-
-def _demo_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-
-
-def _status_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", nargs="?", default="", help="id of a run, or its beginning; newest")
-    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-
-
-def _sample_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", type=Path, help="an ensemble directory")
-    verb.add_argument("--prompt", action="append", required=True, help="what to draw; repeatable")
-    verb.add_argument("--seed", type=int, action="append", help="one a picture (0 1 2 3)")
-    verb.add_argument("--guidance", type=float, default=2.0)
-    verb.add_argument("--steps", type=int, default=18)
-    verb.add_argument("--sampler", choices=("heun", "dpm++2m"), default="heun")
-    verb.add_argument("--sigma-max", type=float, default=80.0)
-    verb.add_argument("--device", default="cpu", help="cpu or cuda")
-    verb.add_argument("--use", choices=("ensemble", "base"), default="ensemble")
-    verb.add_argument("--out", type=Path, default=Path("samples"), help="directory for the PNGs")
-
-
-def _compare_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("runs", nargs="+", help="ids of runs, or their beginnings")
-    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-
-
-def _cache_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("action", choices=("ls", "verify"))
-    verb.add_argument("stage", nargs="?", default="*", help="a stage such as embed/t5; all")
-    verb.add_argument("--json", action="store_true", help="print JSON on stdout")
-
-
-def _encoders_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("action", choices=("fit",))
-    _recipe_options(verb)
-
-
-def _doctor_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", nargs="?", default="", help="also check what this recipe needs")
-    verb.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -142,7 +91,7 @@ def doctor(options: argparse.Namespace) -> int:
     store = Ledger.at(options.store).store
     weights = {}
     if options.recipe:
-        encoders = load_recipe(options.recipe).encoders
+        encoders = load_any_recipe(options.recipe).encoders
         weights = {
             name: one.weights
             for name, one in encoders.items()
@@ -150,12 +99,15 @@ def doctor(options: argparse.Namespace) -> int:
             if one.family == "transformers" or "/" in one.weights
         }
     needs = Needs(
-        store_path=store,
+        # beside an object store, work in flight needs room in the directory for temporary files
+        store_path=store if isinstance(store, Path) else Path(tempfile.gettempdir()),
         lock_path=Path(__file__).parents[1] / "requirements.lock",
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store),
         weights=weights,
     )
     findings = examine(needs)
+    if not isinstance(store, Path):
+        findings = [one for one in findings if one.name != "store"] + [_object_store(options.store)]
     for finding in findings:
         if options.json:
             print(json.dumps(asdict(finding)))
@@ -166,16 +118,53 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-COMMANDS = {
-    "demo": (commands.demo, "the whole pipeline on the embedded data set", _demo_options),
-    "plan": (commands.plan, "stages, hit or miss, and why", _recipe_options),
-    "run": (commands.run, "run a recipe; run it again to go on", _run_options),
-    "status": (commands.status, "what a run did and what is under way", _status_options),
-    "sample": (commands.sample, "draw pictures with an ensemble", _sample_options),
-    "compare": (commands.compare, "settings and figures of runs, side by side", _compare_options),
-    "cache": (commands.cache, "list or verify what the store holds", _cache_options),
-    "encoders": (commands.encoders, "fit a CLIP on a recipe's own pictures", _encoders_options),
-    "doctor": (doctor, "is this machine ready?", _doctor_options),
+def _object_store(store: str) -> Finding:
+    """Can the bucket be reached and written?"""
+    from cluster.doctor import Finding
+
+    try:
+        Ledger.open(store)
+    except UserError as error:
+        remedy = "check the URL, AWS_ENDPOINT_URL and the credentials in the environment"
+        return Finding(name="store", ok=False, found=str(error), remedy=remedy)
+    return Finding(name="store", ok=True, found=f"{store} can be written")
+
+
+COMMANDS: dict[str, tuple[options_of.Command, str, options_of.AddOptions]] = {
+    "demo": (
+        commands.demo,
+        "the whole pipeline on the embedded data set",
+        options_of.json_option,
+    ),
+    "plan": (
+        late("plan_command", "plan"),
+        "stages, hit or miss and why, and what they would take",
+        options_of.plan_options,
+    ),
+    "run": (commands.run, "run a recipe; run it again to go on", options_of.run_options),
+    "embed": (
+        late("embed_command", "embed"),
+        "embedding caches of shards, without a recipe for training",
+        options_of.embed_options,
+    ),
+    "status": (
+        commands.status,
+        "what a run did and what is under way",
+        options_of.status_options,
+    ),
+    "sample": (commands.sample, "draw pictures with an ensemble", options_of.sample_options),
+    "compare": (
+        commands.compare,
+        "settings and figures of runs, side by side",
+        options_of.compare_options,
+    ),
+    "cache": (options_of.cache, "operate what the store holds", options_of.cache_options),
+    "encoders": (
+        commands.encoders,
+        "fit a CLIP on a recipe's own pictures",
+        options_of.encoders_options,
+    ),
+    "doctor": (doctor, "is this machine ready?", options_of.doctor_options),
 }
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.ledger import Ledger
-from pipelines.recipe import Recipe
+from pipelines.location import Location, location
+from pipelines.recipe import CacheRecipe
 from pipelines.recipe_file import load_recipe
 from pipelines.stage import Json, Manifest
 
@@ -20,34 +21,10 @@ if TYPE_CHECKING:
     from pipelines.workflow import RunRecord
 
 
-def plan(options: Namespace) -> None:
-    """Print every stage with hit or miss and the reason."""
-    from pipelines.planning import plan as make_plan
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    planned = make_plan(recipe, Ledger.at(options.store))
-    if options.json:
-        rows = [
-            {
-                "name": one.name,
-                "fingerprint": one.fingerprint,
-                "hit": one.is_hit,
-                "reasons": list(one.reasons),
-                "path": str(one.record.directory),
-            }
-            for one in planned
-        ]
-        print(json.dumps({"recipe": recipe.name, "stages": rows}))
-        return
-    for one in planned:
-        verdict = "hit " if one.is_hit else "miss"
-        print(f"{one.name:<18} {verdict}  {one.fingerprint}  {'; '.join(one.reasons)}".rstrip())
-
-
 def run(options: Namespace) -> None:
     """Run a recipe to the end, or the chosen stages with all they need."""
     recipe = load_recipe(options.recipe, options.overrides)
-    record = _run(recipe, options, options.stages)
+    record = execute_recipe(recipe, options, options.stages)
     if not options.json:
         print_table(record)
 
@@ -56,7 +33,8 @@ def demo(options: Namespace) -> None:
     """Draw the embedded data set, serve it on loopback and run the demo recipe on it."""
     from pipelines.planning import plan as make_plan
 
-    data = Ledger.at(options.store).store / "demo-data"
+    store = Ledger.at(options.store).store
+    data = (store if isinstance(store, Path) else Path("ediffi-store").absolute()) / "demo-data"
     overrides = [f"data.list={data / 'captions.parquet'}"]
     if (os.cpu_count() or 1) < 2:
         overrides.append("resources.base.num_workers=1")
@@ -71,12 +49,13 @@ def demo(options: Namespace) -> None:
 
             address = stack.enter_context(serve_directory(data))
             recipe = load_recipe("demo", [*overrides, f"data.address_prefix={address}/"])
-        record = _run(recipe, options, ())
+        record = execute_recipe(recipe, options, ())
     if not options.json:
         print_table(record)
 
 
-def _run(recipe: Recipe, options: Namespace, selected: list[str] | tuple[str, ...]) -> RunRecord:
+def execute_recipe(recipe: CacheRecipe, options: Namespace, selected: Sequence[str]) -> RunRecord:
+    """Run the chosen stages of a recipe; with --json the result goes to stdout, failed or not."""
     from pipelines.workflow import run_recipe
 
     ledger = Ledger.open(options.store)
@@ -122,7 +101,7 @@ def print_table(record: RunRecord) -> None:
         }
         if found:
             print(f"{title:<18} " + ", ".join(f"{k} {v:.3f}" for k, v in sorted(found.items())))
-    directories = {row["name"]: Path(row["path"]) for row in record.stages}
+    directories = {row["name"]: location(row["path"]) for row in record.stages}
     if "sample" in directories:
         print(f"pictures           {directories['sample'] / 'grid.png'}")
     if (ensemble := _ensemble(vars(record))) is not None:
@@ -136,10 +115,10 @@ def print_table(record: RunRecord) -> None:
         print(f"MLflow             {uri}")
 
 
-def _ensemble(record: Json) -> Path | None:
+def _ensemble(record: Json) -> Location | None:
     for row in record["stages"]:
         if row["name"] == "assemble" and row["state"] in {"ran", "cached"}:
-            return Path(row["path"]) / "ensemble"
+            return location(row["path"]) / "ensemble"
     return None
 
 
@@ -147,7 +126,7 @@ def _figures(record: Json) -> dict[str, float]:
     """The figures of a run's evaluation, by name."""
     for row in record["stages"]:
         if row["name"] == "evaluate" and row["state"] in {"ran", "cached"}:
-            return Manifest.load(Path(row["path"])).receipts[0].facts["metrics"]
+            return Manifest.load(location(row["path"])).receipt("report").facts["metrics"]
     return {}
 
 
@@ -172,9 +151,10 @@ def status(options: Namespace) -> None:
 
 
 def _progress(record: Json, ledger: Ledger) -> list[str]:
+    from pipelines.lookup import recipe_of_run
     from pipelines.planning import plan as make_plan
 
-    recipe = Recipe.model_validate(record["resolved"])
+    recipe = recipe_of_run(record)
     lines = []
     for one in make_plan(recipe, ledger):
         state = "complete" if one.is_hit else "; ".join(one.reasons)
@@ -243,59 +223,12 @@ def _cell(value: Json) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def cache(options: Namespace) -> int:
-    """List what the store holds, or check every byte of it against its receipts."""
-    ledger = Ledger.at(options.store)
-    manifests = list(ledger.manifests(options.stage))
-    problems = 0
-    for manifest in manifests:
-        files = [file for receipt in manifest.receipts for file in receipt.files]
-        broken = _broken(manifest) if options.action == "verify" else []
-        problems += len(broken)
-        row: dict[str, Json] = {
-            "stage": manifest.stage,
-            "fingerprint": manifest.fingerprint,
-            "units": len(manifest.receipts),
-            "samples": sum(receipt.num_out for receipt in manifest.receipts),
-            "bytes": sum(file.num_bytes for file in files),
-            "created": manifest.created,
-            "run_id": manifest.run_id,
-        }
-        if options.json:
-            print(json.dumps(row | {"broken": broken}))
-            continue
-        print(
-            f"{row['stage']:<18} {row['fingerprint']}  {row['units']:>5} units  "
-            f"{row['samples']:>9,} samples  {row['bytes'] / 1e6:>10,.1f} MB  {row['created'][:19]}"
-        )
-        for line in broken:
-            print(f"  {line}")
-    if not manifests:
-        print(f"nothing under {ledger.store}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-def _broken(manifest: Manifest) -> list[str]:
-    """What is wrong with a stage's files, a line each."""
-    from pipelines.fingerprint import file_sha256
-
-    lines = []
-    for receipt in manifest.receipts:
-        for file in receipt.files:
-            path = manifest.path(file)
-            if not path.exists():
-                lines.append(f"{path}: missing")
-            elif (found := file_sha256(path)) != file.sha256:
-                lines.append(f"{path}: sha256 is {found[:16]}, the receipt says {file.sha256[:16]}")
-    return lines
-
-
 def encoders(options: Namespace) -> None:
     """Fit the recipe's CLIP; print where it lies."""
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.clip_fit is None:
         raise UserError(f"recipe {options.recipe} has no `clip_fit:` section to say what to fit")
-    record = _run(recipe, options, ("clip_fit",))
+    record = execute_recipe(recipe, options, ("clip_fit",))
     if not options.json:
         path = next(row["path"] for row in record.stages if row["name"] == "clip_fit")
         print(Path(path) / "clip")

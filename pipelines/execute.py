@@ -6,37 +6,45 @@ what it made, so a driver that dies meanwhile loses nothing that was published.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.ledger import Ledger, StageRecord
-from pipelines.stage import Json, Receipt, Stage, Unit, Workspace
-
-PROGRESS_FILE = "progress.jsonl"
+from pipelines.durable import Durable
+from pipelines.errors import UserError
+from pipelines.fingerprint import changed_parts
+from pipelines.ledger import Ledger
+from pipelines.location import Location, is_remote
+from pipelines.stage import Manifest, Receipt, Stage, Unit, Workspace
+from pipelines.stage_record import StageRecord
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One unit of one stage, with the addresses of all it reads."""
+    """One unit of one stage, with the addresses of all it reads.
 
-    store: Path
+    `earlier` are older fingerprints of the stage, newest first, that may hold the unit already.
+    """
+
+    store: str
     stage: Stage
     fingerprint: str
     inputs: Mapping[str, str]
     unit: Unit
     attempt: int = 1
     device: str = "cpu"
+    earlier: tuple[str, ...] = ()
+    is_retry: bool = False  # do the unit again although its receipt holds
 
     @property
     def record(self) -> StageRecord:
-        return Ledger(self.store).stage(self.stage.name, self.fingerprint)
+        return Ledger.at(self.store).stage(self.stage.name, self.fingerprint)
 
     @property
-    def progress_path(self) -> Path:
-        return self.record.durable_path(self.unit.id) / PROGRESS_FILE
+    def durable_path(self) -> Location:
+        return self.record.durable_path(self.unit.id)
 
 
 def execute(
@@ -53,58 +61,100 @@ def execute(
 
     Returns:
         The receipt (also when the unit was done already), None on ranks other than 0.
+
+    Raises:
+        UserError: a gang of several workers works on an object store.
     """
-    ledger, record = Ledger(task.store), task.record
-    if (receipt := record.receipt(task.unit)) is not None:
-        return receipt
-    durable = record.durable_path(task.unit.id)
-    durable.mkdir(parents=True, exist_ok=True)
-    scratch = ledger.new_scratch()
-    start = time.monotonic()
+    ledger, record = Ledger.at(task.store), task.record
+    if world_size > 1 and is_remote(ledger.store):
+        raise UserError(
+            f"resources.{task.stage.name}.num_workers must be 1 on {ledger.store}, got "
+            f"{world_size}: workers share their checkpoints through the store; use a file system "
+            "that every node mounts"
+        )
+    before = record.receipt(task.unit.id)
+    if before is not None and before.key == task.unit.key and not task.is_retry:
+        return before
+    earlier = [ledger.stage(task.stage.name, address) for address in task.earlier]
+    if task.unit.key and not task.is_retry and (donor := _donor(task.unit, earlier)) is not None:
+        return record.take_over(*donor)
+    with Durable(record.durable_path(task.unit.id)) as durable, _scratch(ledger) as scratch:
 
-    def report(row: Mapping[str, float]) -> None:
-        if rank == 0:
-            with task.progress_path.open("a") as stream:
-                # The newline goes first: a row that a killed attempt tore stands alone.
-                stream.write("\n" + json.dumps(row))
-        tell(row)
+        def report(row: Mapping[str, float]) -> None:
+            if rank == 0:
+                durable.report(row)
+            tell(row)
 
-    workspace = Workspace(
-        scratch=scratch,
-        durable=durable,
-        inputs={
-            name: ledger.stage(name, address).manifest() for name, address in task.inputs.items()
-        },
-        attempt=task.attempt,
-        device=task.device,
-        rank=rank,
-        world_size=world_size,
-        report=report,
-    )
-    try:
+        workspace = Workspace(
+            scratch=scratch,
+            durable=durable.path,
+            inputs=_Inputs(ledger, task.inputs),
+            attempt=task.attempt,
+            device=task.device,
+            rank=rank,
+            world_size=world_size,
+            previous=before if task.is_retry else None,
+            directory=record.directory,
+            report=report,
+        )
+        start = time.monotonic()
         outcome = task.stage.run(task.unit, workspace)
         if rank != 0:
             return None
-        seconds = time.monotonic() - start
-        return record.publish(task.unit, outcome, scratch, seconds=seconds, attempt=task.attempt)
+        return record.publish(
+            task.unit,
+            outcome,
+            scratch,
+            seconds=time.monotonic() - start,
+            attempt=task.attempt,
+            reason=_reason(task, before, earlier),
+        )
+
+
+class _Inputs(Mapping[str, Manifest]):
+    """Manifests of a stage's inputs, each read when first asked for."""
+
+    def __init__(self, ledger: Ledger, addresses: Mapping[str, str]) -> None:
+        self._ledger, self._addresses = ledger, addresses
+        self._manifests: dict[str, Manifest] = {}
+
+    def __getitem__(self, name: str) -> Manifest:
+        if name not in self._manifests:
+            record = self._ledger.stage(name, self._addresses[name])
+            self._manifests[name] = record.manifest()
+        return self._manifests[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._addresses)
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+
+@contextmanager
+def _scratch(ledger: Ledger) -> Iterator[Path]:
+    path = ledger.new_scratch()
+    try:
+        yield path
     finally:
-        ledger.discard_scratch(scratch)
+        ledger.discard_scratch(path)
 
 
-def read_progress(path: Path) -> list[dict[str, Json]]:
-    """The rows a unit reported, without those that a resumed attempt has overtaken.
+def _donor(unit: Unit, earlier: list[StageRecord]) -> tuple[Receipt, StageRecord] | None:
+    """What an earlier fingerprint made of the same inputs under the same settings."""
+    for record in earlier:
+        receipt = record.receipt(unit.id)
+        if receipt is not None and receipt.key == unit.key:
+            return receipt, record
+    return None
 
-    A row that was being written when its worker died is left out.
-    """
-    rows: list[dict[str, Json]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        while rows and "images" in row and rows[-1].get("images", -1) >= row["images"]:
-            rows.pop()
-        rows.append(row)
-    return rows
+
+def _reason(task: Task, before: Receipt | None, earlier: list[StageRecord]) -> str:
+    """Why a unit was done although it, or an older one of its name, had been done before."""
+    if task.is_retry:
+        return "retry"
+    found = (record.receipt(task.unit.id) for record in earlier)
+    other = before or next((receipt for receipt in found if receipt is not None), None)
+    if other is None:
+        return ""
+    return ", ".join(changed_parts(other.key, task.unit.key)) + " changed"

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipelines.stage import Json, Stage
 
 NUM_HEX_DIGITS = 16  # 64 bits: collisions are out of reach for any number of runs
+NUM_KEY_DIGITS = 32  # 128 bits: there may be billions of units
 
 
 def canonical(value: Json) -> bytes:
@@ -26,6 +27,32 @@ def fingerprint(stage: Stage, inputs: Mapping[str, str]) -> str:
         "inputs": dict(inputs),
     }
     return hashlib.sha256(canonical(document)).hexdigest()[:NUM_HEX_DIGITS]
+
+
+def unit_key(settings: Json, **parts: Json) -> str:
+    """Name everything that decides one unit's bytes: `settings:1f0c... captions:88ab...`.
+
+    Args:
+        settings: of the stage, its version included, as far as they touch a single unit.
+        parts: what the unit reads, such as the digest of its shard, under words for people.
+    """
+    return " ".join(
+        f"{name}:{_short(value)}" for name, value in [("settings", settings), *parts.items()]
+    )
+
+
+def changed_parts(before: str, after: str) -> list[str]:
+    """Which parts of two unit keys differ, in the order of the newer one."""
+    old = dict(part.split(":", 1) for part in before.split())
+    return [
+        name
+        for name, _, value in (part.partition(":") for part in after.split())
+        if old.get(name) != value
+    ]
+
+
+def _short(value: Json) -> str:
+    return hashlib.sha256(canonical(value)).hexdigest()[:NUM_KEY_DIGITS]
 
 
 def file_sha256(path: Path) -> str:

@@ -34,12 +34,12 @@ def run_gang(task: Task, resources: Resources) -> Receipt:
         ),
         run_config=RunConfig(
             name=f"{task.fingerprint}-{task.unit.id}-{os.urandom(4).hex()}",
-            storage_path=str(task.store / ".scratch" / "ray-train"),
+            storage_path=f"{task.store}/.scratch/ray-train",
             failure_config=FailureConfig(max_failures=0),
         ),
     )
     trainer.fit()
-    receipt = task.record.receipt(task.unit)
+    receipt = task.record.receipt(task.unit.id)
     assert receipt is not None, f"{task.unit.id}: the gang ended without a receipt"
     return receipt
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pipelines.errors import UserError
 from pipelines.fingerprint import changes, fingerprint
-from pipelines.ledger import Ledger, StageRecord
-from pipelines.recipe import Recipe
-from pipelines.stage import Json, Stage
+from pipelines.ledger import Ledger
+from pipelines.recipe import CacheRecipe
+from pipelines.stage import Json, Manifest, Stage
+from pipelines.stage_record import StageRecord
 from pipelines.stages import build_stages
+
+MAX_EARLIER = 3  # fingerprints of a stage that are searched for units to take over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,7 @@ class PlannedStage:
     inputs: Mapping[str, str]
     record: StageRecord
     reasons: tuple[str, ...]
+    earlier: tuple[str, ...] = ()  # older fingerprints, newest first; a hit names none
 
     @property
     def name(self) -> str:
@@ -32,13 +36,14 @@ class PlannedStage:
         return not self.reasons
 
 
-def plan(recipe: Recipe, ledger: Ledger) -> list[PlannedStage]:
+def plan(recipe: CacheRecipe, ledger: Ledger) -> list[PlannedStage]:
     """All stages of a recipe in an order in which they can run. Does no work.
 
     Raises:
         UserError: a stage cannot say what it stands for, such as an encoder without its weights.
     """
     planned: dict[str, PlannedStage] = {}
+    found: dict[str, Manifest] = {}
     for stage in build_stages(recipe):
         inputs = {name: planned[name].fingerprint for name in stage.needs}
         try:
@@ -46,9 +51,21 @@ def plan(recipe: Recipe, ledger: Ledger) -> list[PlannedStage]:
         except ValueError as error:
             raise UserError(f"{stage.name}: {error}") from error
         record = ledger.stage(stage.name, address)
-        reasons = () if record.is_complete else _reasons(stage, inputs, record, ledger)
+        manifest = record.manifest() if record.is_complete else None
+        reasons = _why_stale(manifest, stage, found)
+        earlier: tuple[str, ...] = ()
+        if manifest is None:
+            earlier = _earlier(ledger, stage.name, address)
+            reasons = _why_missing(stage, inputs, record, ledger)
+        elif not reasons:
+            found[stage.name] = manifest
         planned[stage.name] = PlannedStage(
-            stage=stage, fingerprint=address, inputs=inputs, record=record, reasons=reasons
+            stage=stage,
+            fingerprint=address,
+            inputs=inputs,
+            record=record,
+            reasons=reasons,
+            earlier=earlier,
         )
     return list(planned.values())
 
@@ -58,13 +75,41 @@ def describe(stage: Stage, inputs: Mapping[str, str]) -> Json:
     return {"version": stage.version, "config": stage.identity(), "input": dict(inputs)}
 
 
-def _reasons(
+def contents_of(names: Iterable[str], manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """What the inputs of a stage hold: their receipts' digests by name."""
+    return {name: manifests[name].contents for name in names}
+
+
+def _why_stale(
+    manifest: Manifest | None, stage: Stage, found: Mapping[str, Manifest]
+) -> tuple[str, ...]:
+    """Why a finished stage must be looked at again: an input was redone, repaired or retried."""
+    if manifest is None:
+        return ()
+    absent = [name for name in stage.needs if name not in found]
+    if absent:
+        return (f"{', '.join(absent)} must be finished first; kept if that comes out as before",)
+    return tuple(
+        f"contents of {name} changed since: units that depend on what changed are done again"
+        for name in stage.needs
+        if manifest.input_contents.get(name) != found[name].contents
+    )
+
+
+def _why_missing(
     stage: Stage, inputs: Mapping[str, str], record: StageRecord, ledger: Ledger
 ) -> tuple[str, ...]:
     """Why a stage misses, against the newest finished stage of the same name."""
-    if record.num_receipts:
-        return (f"unfinished: {record.num_receipts} units are done and will be kept",)
-    earlier = next(ledger.manifests(stage.name), None)
+    if num_done := len(record.done_units()):
+        return (f"unfinished: {num_done} units are done and will be kept",)
+    earlier = next(iter(ledger.manifests(stage.name)), None)
     if earlier is None:
         return ("never run",)
     return tuple(changes(earlier.identity, describe(stage, inputs)))
+
+
+def _earlier(ledger: Ledger, name: str, address: str) -> tuple[str, ...]:
+    """Older fingerprints of a stage, newest first."""
+    others = [record for record in ledger.records(name) if record.fingerprint != address]
+    others.sort(key=lambda one: (one.directory / "identity.json").stat().st_mtime, reverse=True)
+    return tuple(record.fingerprint for record in others[:MAX_EARLIER])

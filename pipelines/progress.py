@@ -67,7 +67,10 @@ class Progress:
             self._next_line[stage] = time.monotonic() + LINE_EVERY_S
             self.say(f"{stage}: {num_done}/{self._num_units[stage]} units; {note}")
 
-    def finished(self, stage: str, seconds: float) -> None:
+    def finished(self, stage: str, seconds: float, kept: str = "") -> None:
+        """Say that a stage is done, and what of it did not have to be done."""
+        if kept:
+            self.say(f"{stage}: {kept}")
         if self._is_terminal:
             self._bars.update(self._ids[stage], completed=self._num_units[stage], note="")
             self._bars.stop_task(self._ids[stage])

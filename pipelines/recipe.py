@@ -6,11 +6,9 @@ Unknown fields are errors. What things take is said in `resources`, which enters
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     PositiveInt,
@@ -21,83 +19,25 @@ from pydantic import (
 
 from ediffi.noise import NoiseInterval, SigmaDistribution, check_tiling, paper_intervals
 from ediffi.train.config import TrainConfig
+from pipelines.recipe_data import (
+    Data,
+    Finite,
+    Fraction,
+    HeldOut,
+    Name,
+    NonNegative,
+    PictureFolder,
+    Pictures,
+    Positive,
+    ReadyShards,
+    Section,
+    UrlList,
+)
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[Finite, Field(gt=0)]
-NonNegative = Annotated[Finite, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-Resize = Literal["center_crop", "pad", "stretch"]
+__all__ = ["HeldOut", "PictureFolder", "Pictures", "ReadyShards", "Recipe", "UrlList"]
 
 # A misspelt field must be an error in the model library's own dataclasses too.
 TrainConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown fields are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-# -- data -------------------------------------------------------------------------------------
-
-
-class HeldOut(Section):
-    """Which samples are kept out of training: rows whose `column` is `value`, or a fraction."""
-
-    column: str = ""
-    value: str = ""
-    fraction: Fraction = 0.05
-
-    @property
-    def by_column(self) -> bool:
-        return bool(self.column)
-
-
-class Pictures(Section):
-    """What the sources that make shards share."""
-
-    caption_column: str = "caption"
-    key_column: str = ""  # "": rows are numbered
-    held_out: HeldOut = HeldOut()
-    image_px: PositiveInt
-    resize: Resize = "center_crop"
-    shard_images: PositiveInt = 1000
-    max_rejects_fraction: Fraction = 0.05
-
-
-class UrlList(Pictures):
-    """A parquet or CSV of addresses and captions, fetched by img2dataset."""
-
-    source: Literal["urls"]
-    list: Path
-    address_column: str = "url"
-    address_prefix: str = ""  # "": relative addresses are files beside the list
-    timeout_s: PositiveInt = 10
-    threads: PositiveInt = 16
-
-
-class PictureFolder(Pictures):
-    """A folder of pictures and a parquet or CSV that names each file and its caption."""
-
-    source: Literal["folder"]
-    folder: Path
-    list: Path
-    path_column: str = "path"
-
-
-class ReadyShards(Section):
-    """webdataset tars made elsewhere, adopted where they lie."""
-
-    source: Literal["shards"]
-    train: str  # glob
-    held_out: str  # glob
-    image_px: PositiveInt
-    resize: Resize = "center_crop"
-    max_rejects_fraction: Fraction = 0.05
-
-
-Data = Annotated[UrlList | PictureFolder | ReadyShards, Field(discriminator="source")]
 
 
 # -- encoders and conditioning ------------------------------------------------------------------
@@ -108,15 +48,20 @@ class Encoder(Section):
 
     `weights` is a hub name, an open_clip tag, a local directory, `package:MODULE` for weights
     that come inside an installed package, or `fitted` for the CLIP that `clip_fit` makes.
+    `cache` names the finished folder of an embed stage made elsewhere, to be used as it is.
     """
 
     family: Literal["transformers", "open_clip_text", "open_clip_image"]
     weights: str
     model: str = ""
     max_tokens: PositiveInt = 77
+    too_long: Literal["truncate", "reject"] = "truncate"  # captions beyond max_tokens
+    layer: Literal["last", "penultimate"] = "last"
     pad: Literal["drop", "keep"] = "drop"
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
-    storage_dtype: Literal["fp32", "bf16"] = "bf16"
+    storage_dtype: Literal["fp32", "bf16", "int8"] = "bf16"
+    cache: str = ""  # a path or a URL
+    max_rejects_fraction: Fraction = 0.0
     dropout: Fraction = 0.1  # probability that a training sample goes without this stream
 
     @property
@@ -274,20 +219,14 @@ class Resources(Section):
 STAGES = ("ingest", "clip_fit", "embed", "base", "experts", "assemble", "sample", "evaluate")
 
 
-class Recipe(Section):
-    """The whole recipe."""
+class CacheRecipe(Section):
+    """Data and encoders: all that embedding caches need."""
 
     name: Name
     seed: int = 0
     data: Data
     clip_fit: ClipFit | None = None
     encoders: dict[Name, Encoder] = Field(min_length=1)
-    noise: Noise = Noise()
-    network: Network
-    base: TrainConfig
-    experts: Experts
-    sample: Sampling
-    evaluate: Evaluation
     resources: dict[str, Resources] = Field(default_factory=dict)
 
     @field_validator("resources")
@@ -299,14 +238,37 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _fitted_weights_are_made(self) -> Self:
+        for name, encoder in self.encoders.items():
+            if encoder.is_fitted and self.clip_fit is None and not encoder.cache:
+                raise ValueError(
+                    f"encoders.{name}.weights is 'fitted', which needs a `clip_fit:` section"
+                )
+        return self
+
+    def resources_of(self, stage: str) -> Resources:
+        """Resources of a stage by its name; `embed/t5` takes those of `embed`."""
+        return self.resources.get(stage.split("/")[0], Resources())
+
+
+class Recipe(CacheRecipe):
+    """The whole recipe."""
+
+    missing_embeddings: Literal["error", "skip", "null"] = "error"
+    noise: Noise = Noise()
+    network: Network
+    base: TrainConfig
+    experts: Experts
+    sample: Sampling
+    evaluate: Evaluation
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
         self.experts.intervals(self.noise.distribution)
-        if self.clip_fit is None:
-            for name, encoder in self.encoders.items():
-                if encoder.is_fitted:
-                    raise ValueError(
-                        f"encoders.{name}.weights is 'fitted', which needs a `clip_fit:` section"
-                    )
+        if isinstance(self.data, ReadyShards) and not self.data.held_out:
+            raise ValueError(
+                "data.held_out: a recipe that evaluates needs held-out shards; name their tars"
+            )
         self._check_evaluation()
         for stage, config in (("base", self.base), ("experts", self.experts.train)):
             config.micro_batch(self.resources_of(stage).num_workers)
@@ -339,7 +301,3 @@ class Recipe(Section):
                 f"evaluate.alignment: 'clip' needs an encoder of family open_clip_image with the "
                 f"weights of {self.evaluate.text_encoder!r} ({text.weights!r}, {text.model!r})"
             )
-
-    def resources_of(self, stage: str) -> Resources:
-        """Resources of a stage by its name; `embed/t5` takes those of `embed`."""
-        return self.resources.get(stage.split("/")[0], Resources())

@@ -8,17 +8,19 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources as package_resources
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ediffi.train.config import TrainConfig
 from pipelines.errors import UserError
-from pipelines.recipe import Recipe
+from pipelines.recipe import CacheRecipe, Recipe
+
+_Model = TypeVar("_Model", bound=CacheRecipe)
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -31,14 +33,64 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: the file cannot be read, is not YAML, or breaks a rule; every broken field is
             named with what was required and found.
     """
+    return _validate(Recipe, _document(source, overrides), source)
+
+
+def load_any_recipe(source: str, overrides: Sequence[str] = ()) -> CacheRecipe:
+    """Read a recipe that may end with its embedding caches: without any section on training.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    document = _document(source, overrides)
+    return _validate(_model_of(document), document, source)
+
+
+def resolved_recipe(document: Mapping[str, Any]) -> CacheRecipe:
+    """The recipe that a run kept as its `resolved` document.
+
+    Raises:
+        ValidationError: another version of ediffi wrote it.
+    """
+    return _model_of(document).model_validate(document)
+
+
+def cache_recipe(document: dict[str, Any], overrides: Sequence[str]) -> CacheRecipe:
+    """A recipe of data and encoders put together from options.
+
+    Raises:
+        ValidationError: it breaks a rule, see `explain`.
+        UserError: an override is no `section.field=value`.
+    """
+    for override in overrides:
+        _apply(document, override)
+    return CacheRecipe.model_validate(document)
+
+
+def parse_value(text: str) -> Any:
+    """A value as a recipe file would have it. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def _document(source: str, overrides: Sequence[str]) -> dict[str, Any]:
     document = _parse(_read(source), source)
     for override in overrides:
         _apply(document, override)
     _pass_seed_on(document)
+    return document
+
+
+def _model_of(document: Mapping[str, Any]) -> type[CacheRecipe]:
+    """Recipe, unless nothing in the document is about training."""
+    beyond = Recipe.model_fields.keys() - CacheRecipe.model_fields.keys()
+    return Recipe if beyond & document.keys() else CacheRecipe
+
+
+def _validate(model: type[_Model], document: dict[str, Any], source: str) -> _Model:
     try:
-        return Recipe.model_validate(document)
+        return model.model_validate(document)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error))
+        lines = "\n".join(f"  {field}: {problem}" for field, problem in explain(error, model))
         raise UserError(f"recipe {source}:\n{lines}") from error
 
 
@@ -120,28 +172,29 @@ def _apply(document: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise UserError(f"--set {override}: {name!r} is not a section")
     try:
-        target[last] = yaml.load(text, Loader=_Loader)
+        target[last] = parse_value(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: {error}") from error
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def explain(error: ValidationError, model: type[CacheRecipe] = Recipe) -> Iterator[tuple[str, str]]:
+    """Each broken field under its dotted name, with what is wrong with it."""
     for problem in error.errors():
         location = _without_tags([str(part) for part in problem["loc"]])
         field = ".".join(location) or "recipe"
         if field == "experts.split" and isinstance(problem["input"], list):
             continue  # only says that a list is not 'paper'; what is wrong with it follows
         if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-            known = _fields_at(Recipe, location[:-1])
+            known = _fields_at(model, location[:-1])
             close = difflib.get_close_matches(location[-1], known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            yield f"{field}: unknown field; {hint}"
+            yield field, f"unknown field; {hint}"
         elif problem["type"] == "missing":
-            yield f"{field}: required, but absent"
+            yield field, "required, but absent"
         elif problem["type"] == "value_error":
-            yield f"{field}: {problem['ctx']['error']}"
+            yield field, str(problem["ctx"]["error"])
         else:
-            yield f"{field}: {problem['msg']}, got {problem['input']!r}"
+            yield field, f"{problem['msg']}, got {problem['input']!r}"
 
 
 def _without_tags(location: list[str]) -> list[str]:

@@ -7,81 +7,50 @@ running the same command again finishes the work without redoing finished units.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import ray
 
+from pipelines.durable import read_progress
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.execute import Task, read_progress
+from pipelines.execute import Task
+from pipelines.fingerprint import unit_key
 from pipelines.gang import run_gang
 from pipelines.ledger import Ledger
-from pipelines.planning import PlannedStage, describe
+from pipelines.planning import PlannedStage, contents_of, describe
 from pipelines.pool import WorkerPool
 from pipelines.progress import Progress
 from pipelines.ray_cluster import check_room
-from pipelines.recipe import Recipe, Resources
-from pipelines.stage import Manifest, Unit
+from pipelines.recipe import CacheRecipe
+from pipelines.stage import Manifest, Receipt, Unit
+from pipelines.stage_state import StageState, kept, report
 from pipelines.tracking import Tracker
 
 POLL_S = 0.25
 PROGRESS_S = 1.0
-
-
-@dataclass
-class StageState:
-    """A stage in the loop. `failures` maps a unit that failed for good to what it said."""
-
-    planned: PlannedStage
-    resources: Resources
-    state: str = "waiting"  # waiting | running | ran | cached | failed | blocked
-    units: list[Unit] = field(default_factory=list)
-    queue: deque[Task] = field(default_factory=deque)
-    num_in_flight: int = 0
-    num_reused: int = 0
-    failures: dict[str, str] = field(default_factory=dict)
-    is_hopeless: bool = False  # a failure lies in the work itself, not in the surroundings
-    num_rows_sent: dict[str, int] = field(default_factory=dict)
-    started: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return self.planned.name
-
-    @property
-    def num_workers(self) -> int:
-        """Workers of one unit; more than one are gathered by Ray Train."""
-        return self.resources.num_workers if self.planned.stage.gang else 1
-
-    @property
-    def is_over(self) -> bool:
-        return self.state in {"ran", "cached", "failed", "blocked"}
-
-    @property
-    def num_done(self) -> int:
-        return len(self.units) - len(self.queue) - self.num_in_flight - len(self.failures)
+NUM_REASONS_SHOWN = 5  # units of a stage whose reason is told
 
 
 class Runner:
     """Runs the stages that the plan says are missing.
 
     Args:
-        selected: names of the stages to run with all they need; empty: all.
+        retry: by stage, units to do again although they have a receipt.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: CacheRecipe,
         ledger: Ledger,
         planned: Sequence[PlannedStage],
         *,
         run_id: str,
         tracker: Tracker,
         progress: Progress,
+        retry: Mapping[str, frozenset[str]] | None = None,
     ) -> None:
-        self._ledger, self._run_id = ledger, run_id
+        self._ledger, self._run_id, self._retry = ledger, run_id, retry or {}
         self._tracker, self._progress = tracker, progress
         self.states = {
             one.name: StageState(planned=one, resources=recipe.resources_of(one.name))
@@ -124,44 +93,73 @@ class Runner:
 
     def _start(self, state: StageState) -> None:
         planned = state.planned
-        if planned.record.is_complete:
-            state.state = "cached"
-            self._manifests[state.name] = planned.record.manifest()
-            self._tracker.stage_cached(planned, self._manifests[state.name])
-            self._progress.cached(state.name)
-            return
         inputs = {name: self._manifests[name] for name in planned.inputs}
+        contents = contents_of(planned.inputs, inputs)
+        if planned.record.is_complete and state.name not in self._retry:
+            manifest = planned.record.manifest()
+            if manifest.input_contents == contents:
+                self._take_cached(state, manifest)
+                return
         state.state, state.started = "running", time.monotonic()
-        planned.record.open(describe(planned.stage, planned.inputs))
         self._tracker.stage_started(planned, inputs)
-        state.units = planned.stage.plan(inputs)
-        for unit in state.units:
-            if planned.record.receipt(unit) is None:
-                state.queue.append(self._task(planned, unit))
-            else:
-                state.num_reused += 1
-        self._progress.started(state.name, len(state.units), state.num_reused)
-        self._finish_if_done(state)
+        trusted = planned.record.open(describe(planned.stage, planned.inputs), contents)
+        done = planned.record.done_units()
+        state.num_units = sum(1 for _ in self._units(planned))
+        state.pending = self._pending(state, done, trusted)
+        has_work = state.has_next()  # finds the units that need nothing on the way
+        self._progress.started(state.name, state.num_units, state.num_kept)
+        if not has_work:
+            self._finish_if_done(state)
+
+    def _take_cached(self, state: StageState, manifest: Manifest) -> None:
+        state.state = "cached"
+        self._manifests[state.name] = manifest
+        self._tracker.stage_cached(state.planned, manifest)
+        self._progress.cached(state.name)
+
+    def _units(self, planned: PlannedStage) -> Iterator[Unit]:
+        """The stage's units; those without a key of their own belong to these input contents."""
+        inputs = {name: self._manifests[name] for name in planned.inputs}
+        key = unit_key(planned.fingerprint, inputs=contents_of(planned.inputs, inputs))
+        for unit in planned.stage.plan(inputs):
+            yield unit if unit.key else replace(unit, key=key)
+
+    def _pending(self, state: StageState, done: set[str], trusted: bool) -> Iterator[Task]:
+        """Tasks for the units that have no receipt, or one that no longer holds."""
+        record = state.planned.record
+        retry = self._retry.get(state.name, frozenset())
+        for unit in self._units(state.planned):
+            if unit.id in retry:
+                yield replace(self._task(state.planned, unit), is_retry=True)
+                continue
+            if unit.id in done:
+                receipt = None if trusted else record.receipt(unit.id)
+                if trusted or (receipt is not None and receipt.key == unit.key):
+                    state.num_kept += 1
+                    state.num_done += 1
+                    continue
+            yield self._task(state.planned, unit)
 
     def _task(self, planned: PlannedStage, unit: Unit) -> Task:
         return Task(
-            store=self._ledger.store,
+            store=str(self._ledger.store),
             stage=planned.stage,
             fingerprint=planned.fingerprint,
             inputs=planned.inputs,
             unit=unit,
             device="cuda" if self.states[planned.name].resources.gpus else "cpu",
+            earlier=planned.earlier,
         )
 
     def _finish_if_done(self, state: StageState) -> None:
-        if state.queue or state.num_in_flight or state.state != "running":
+        if state.num_in_flight or state.state != "running" or state.has_next():
             return
-        state.seconds = time.monotonic() - state.started
-        self._send_progress(state)
         try:
             if state.failures:
-                raise StageFailed(_report(state))
-            self._manifests[state.name] = self._complete(state)
+                raise StageFailed(report(state))
+            if self._amend(state):
+                return
+            manifest = self._complete(state)
         except StageFailed as error:
             state.state = "failed"
             state.is_hopeless |= not state.failures  # the stage's own check refused its result
@@ -170,34 +168,53 @@ class Runner:
             self._progress.failed(state.name)
         else:
             state.state = "ran"
-            self._progress.finished(state.name, state.seconds)
+            state.seconds = time.monotonic() - state.started
+            self._manifests[state.name] = manifest
+            self._progress.finished(state.name, state.seconds, kept(state))
+
+    def _amend(self, state: StageState) -> bool:
+        """Queue the units that the stage wants done again now that it can see all of them."""
+        amend = getattr(state.planned.stage, "amend", None)
+        if amend is None:
+            return False
+        record = state.planned.record
+        units = amend(self._receipts(state.planned), record.directory)
+        for unit in units:
+            record.forget(unit.id)
+            state.queue.append(self._task(state.planned, unit))
+            state.num_done -= 1
+        return bool(units)
+
+    def _receipts(self, planned: PlannedStage) -> Iterator[Receipt]:
+        for unit in planned.stage.plan({name: self._manifests[name] for name in planned.inputs}):
+            receipt = planned.record.receipt(unit.id)
+            assert receipt is not None, f"{planned.name}: unit {unit.id} has no receipt"
+            yield receipt
 
     def _complete(self, state: StageState) -> Manifest:
         planned = state.planned
-        receipts = [planned.record.receipt(unit) for unit in state.units]
         check = getattr(planned.stage, "check", None)
         if check is not None:
-            check(receipts)
+            check(self._receipts(planned))
+        inputs = {name: self._manifests[name] for name in planned.inputs}
         manifest = planned.record.complete(
             state.name,
             describe(planned.stage, planned.inputs),
             planned.inputs,
-            state.units,
+            contents_of(planned.inputs, inputs),
+            (unit.id for unit in planned.stage.plan(inputs)),
             self._run_id,
         )
-        curves = {
-            unit.id: read_progress(self._task(planned, unit).progress_path) for unit in state.units
-        }
-        self._tracker.stage_finished(manifest, {key: rows for key, rows in curves.items() if rows})
+        self._tracker.stage_finished(manifest, state.curves)
         return manifest
 
     # -- units -----------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        running = [state for state in self.states.values() if state.queue]
+        running = [s for s in self.states.values() if s.state == "running" and s.has_next()]
         pooled = [state for state in running if state.num_workers == 1]
         for state in pooled:
-            while state.queue:
+            while state.has_next():
                 reference = self._pool.dispatch(state.queue[0], state.resources)
                 if reference is None:
                     break
@@ -205,7 +222,7 @@ class Runner:
         if not any(state.queue for state in pooled):
             self._pool.retire_idle()
         for state in running:
-            while state.num_workers > 1 and state.queue:
+            while state.num_workers > 1 and state.has_next():
                 self._took(state, run_gang.remote(state.queue[0], state.resources))
 
     def _took(self, state: StageState, reference: ray.ObjectRef) -> None:
@@ -219,20 +236,35 @@ class Runner:
         for reference in ready:
             state, task = self._in_flight.pop(reference)
             state.num_in_flight -= 1
-            error = self._result(reference, state)
-            if error is not None:
+            try:
+                receipt = self._result(reference, state)
+            except ray.exceptions.RayError as error:  # any failure of a unit; SIGTERM is none
                 self._retry_or_fail(state, task, error)
+            else:
+                self._note(state, task, receipt)
             self._finish_if_done(state)
 
-    def _result(self, reference: ray.ObjectRef, state: StageState) -> Exception | None:
-        error: Exception | None = None
+    def _result(self, reference: ray.ObjectRef, state: StageState) -> Receipt:
+        is_dead = False
         try:
-            ray.get(reference)
-        except ray.exceptions.RayError as caught:  # any failure of a unit; SIGTERM is none
-            error = caught
-        if state.num_workers == 1:
-            self._pool.release(reference, dead=isinstance(error, ray.exceptions.RayActorError))
-        return error
+            return ray.get(reference)
+        except ray.exceptions.RayActorError:
+            is_dead = True
+            raise
+        finally:
+            if state.num_workers == 1:
+                self._pool.release(reference, dead=is_dead)
+
+    def _note(self, state: StageState, task: Task, receipt: Receipt) -> None:
+        """Count a finished unit; keep its last rows and why it was done."""
+        state.num_done += 1
+        if receipt.taken_from:
+            state.num_taken_over += 1
+        elif receipt.reason:
+            state.reasons[task.unit.id] = receipt.reason
+            if len(state.reasons) <= NUM_REASONS_SHOWN:
+                self._progress.say(f"{state.name}/{task.unit.id}: done again: {receipt.reason}")
+        self._send_rows(state, task)
 
     def _retry_or_fail(self, state: StageState, task: Task, error: Exception) -> None:
         message = root_message(error)
@@ -258,20 +290,24 @@ class Runner:
                 self._send_progress(state)
 
     def _send_progress(self, state: StageState) -> None:
-        """Pass on what units have reported since last time."""
+        """Pass on what units in flight have reported since last time."""
         latest: dict[str, Mapping[str, float]] = {}
-        for unit in state.units:
-            path = self._task(state.planned, unit).progress_path
-            rows = read_progress(path)
-            if not rows:
-                continue
-            latest[unit.id] = rows[-1]
-            num_sent = min(state.num_rows_sent.get(unit.id, 0), len(rows))
-            if rows[num_sent:]:
-                name = unit.id if len(state.units) > 1 else ""
-                self._tracker.progress(state.name, name, rows[num_sent:])
-            state.num_rows_sent[unit.id] = len(rows)
+        for owner, task in self._in_flight.values():
+            if owner is state and (rows := self._send_rows(state, task)):
+                latest[task.unit.id] = rows[-1]
         self._progress.update(state.name, state.num_done, latest)
+
+    def _send_rows(self, state: StageState, task: Task) -> list[dict[str, float]]:
+        rows = read_progress(task.durable_path)
+        if rows:
+            unit = task.unit.id
+            num_sent = min(state.num_rows_sent.get(unit, 0), len(rows))
+            if rows[num_sent:]:
+                name = unit if state.num_units > 1 else ""
+                self._tracker.progress(state.name, name, rows[num_sent:])
+            state.num_rows_sent[unit] = len(rows)
+            state.curves[unit] = rows
+        return rows
 
     def _raise_failures(self) -> None:
         failed = [state for state in self.states.values() if state.state == "failed"]
@@ -279,15 +315,6 @@ class Runner:
             text = "\n".join(state.failures[""] for state in failed)
             passing = not any(state.is_hopeless for state in failed)
             raise RetryableError(text) if passing else StageFailed(text)
-
-
-def _report(state: StageState) -> str:
-    """The first failure first, then the others, a line each."""
-    lines = [f"  {unit}: {message}" for unit, message in state.failures.items()]
-    return (
-        f"stage {state.name}: {len(state.failures)} of {len(state.units)} units failed\n"
-        + "\n".join(lines)
-    )
 
 
 def root_cause(error: BaseException) -> BaseException:

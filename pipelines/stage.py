@@ -2,32 +2,51 @@
 
 A stage knows nothing of Ray, retries, skipping or MLflow; the runner knows nothing of pictures.
 Between them travel four records: `Unit` (what to do), `Outcome` (what a stage says it did),
-`Receipt` (the published proof of it) and `Manifest` (all receipts of a finished stage).
+`Receipt` (the published proof of it) and `Manifest` (a finished stage and all its receipts).
+
+What a receipt or manifest says of the work itself is a function of the inputs; what varies from
+run to run (seconds, attempts, hosts, run ids) is kept apart, so that equal work gives equal bytes.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipelines.location import Location, location
+
 Json = Any  # what json.loads gives back
+
+RECEIPTS_FILE = "receipts.jsonl"  # of a finished stage, in the order of its units
+CIRCUMSTANCES_FILE = "made.json"  # who made a finished stage, when and how long it took
+_CIRCUMSTANCES = ("timings", "seconds", "attempt", "host", "taken_from", "reason")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """The smallest thing worth redoing: one shard, one expert, one batch of prompts."""
+    """The smallest thing worth redoing: one shard, one expert, one batch of prompts.
+
+    `key` names everything that decides the unit's bytes, see `pipelines.fingerprint.unit_key`. A
+    receipt with the same key is taken over from an earlier fingerprint of the stage, and one with
+    another key is done again. Without a key, a unit belongs to its fingerprint alone and is done
+    again whenever the contents of the stage's inputs change.
+    """
 
     id: str
     arguments: Mapping[str, Json] = field(default_factory=dict)
+    key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """One published file. `path` is relative to the stage directory, absolute if adopted."""
+    """One published file: `path` is relative to the stage directory, or an adopted one's place."""
 
     path: str
     sha256: str
@@ -42,8 +61,10 @@ class Outcome:
     adopted: Sequence[File] = ()
     num_in: int = 0
     num_out: int = 0
-    rejects: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    facts: Mapping[str, Json] = field(default_factory=dict)
+    rejects: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> keys left out
+    flagged: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> keys kept
+    facts: Mapping[str, Json] = field(default_factory=dict)  # equal inputs, equal facts
+    timings: Mapping[str, float] = field(default_factory=dict)  # may differ from run to run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,71 +72,171 @@ class Receipt:
     """Proof that one unit is done: counts, rejects by reason, and the digest of every file."""
 
     unit: str
+    key: str = ""
     files: tuple[File, ...]
     num_in: int
     num_out: int
     rejects: Mapping[str, Sequence[str]]
+    flagged: Mapping[str, Sequence[str]] = field(default_factory=dict)
     facts: Mapping[str, Json]
-    seconds: float
-    attempt: int
-    host: str
+    timings: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    attempt: int = 1
+    host: str = ""
+    taken_from: str = ""  # the earlier fingerprint whose files these are
+    reason: str = ""  # why the unit was done, where another receipt of it was at hand
 
     def to_json(self) -> Json:
         return asdict(self)
+
+    def proof(self) -> Json:
+        """What does not vary from run to run."""
+        return {name: value for name, value in asdict(self).items() if name not in _CIRCUMSTANCES}
 
     @classmethod
     def from_json(cls, data: Json) -> Receipt:
         return cls(**{**data, "files": tuple(File(**file) for file in data["files"])})
 
 
+@dataclass(frozen=True)
+class ReceiptFile:
+    """The receipts of a finished stage, read anew each time they are walked through.
+
+    They hold no circumstances; `Manifest.receipt` reads one that does.
+    """
+
+    path: Location
+
+    def __iter__(self) -> Iterator[Receipt]:
+        with self.path.open() as stream:
+            for line in stream:
+                yield Receipt.from_json(json.loads(line))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over all units of a stage."""
+
+    num_units: int = 0
+    num_in: int = 0
+    num_out: int = 0
+    num_bytes: int = 0
+    rejects: Mapping[str, int] = field(default_factory=dict)  # reason -> samples left out
+    flagged: Mapping[str, int] = field(default_factory=dict)  # reason -> samples kept
+
+    def plus(self, receipt: Receipt) -> Totals:
+        return Totals(
+            num_units=self.num_units + 1,
+            num_in=self.num_in + receipt.num_in,
+            num_out=self.num_out + receipt.num_out,
+            num_bytes=self.num_bytes + sum(file.num_bytes for file in receipt.files),
+            rejects=_add_counts(self.rejects, receipt.rejects),
+            flagged=_add_counts(self.flagged, receipt.flagged),
+        )
+
+
+def _add_counts(counts: Mapping[str, int], keys: Mapping[str, Sequence[str]]) -> Mapping[str, int]:
+    if not keys:
+        return counts
+    return dict(Counter(counts) + Counter({why: len(names) for why, names in keys.items()}))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A finished stage. The file exists if and only if every unit has its receipt."""
+    """A finished stage. The file exists if and only if every unit has its receipt.
+
+    The manifest itself is small whatever the number of units; their receipts lie beside it.
+    """
 
     stage: str
     fingerprint: str
-    directory: Path
+    directory: Location
     identity: Json
-    inputs: Mapping[str, str]
-    receipts: tuple[Receipt, ...]
+    inputs: Mapping[str, str]  # stage -> fingerprint
+    input_contents: Mapping[str, str]  # stage -> its `contents` when this one was made
+    contents: str  # digest of all receipts: changes when a unit was done again with other bytes
+    totals: Totals
     run_id: str
     created: str
+    seconds: float  # of all units, one after another
+    timings: Mapping[str, float]  # summed over units; fractions averaged
 
-    def path(self, file: File) -> Path:
-        """Where a file of this stage lies (adopted files keep their own absolute path)."""
-        return self.directory / file.path
+    @property
+    def receipts(self) -> Iterable[Receipt]:
+        """All receipts, in the order of the units; without circumstances."""
+        return ReceiptFile(self.directory / RECEIPTS_FILE)
+
+    def local_folder(self, name: str) -> Path:
+        """A published folder on this machine: itself, or verified copies until the process ends."""
+        if isinstance(self.directory, Path):
+            return self.directory / name
+        folder = Path(tempfile.mkdtemp(prefix="ediffi-folder-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        for receipt in self.receipts:
+            for file in receipt.files:
+                if file.path.startswith(f"{name}/"):
+                    target = folder / file.path
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(self.local_path(file), target)
+        return folder / name
+
+    @property
+    def num_units(self) -> int:
+        return self.totals.num_units
 
     def receipt(self, unit: str) -> Receipt:
-        return next(receipt for receipt in self.receipts if receipt.unit == unit)
+        """One unit's receipt, circumstances included, without reading the others."""
+        path = self.directory / "receipts" / f"{unit}.json"
+        return Receipt.from_json(json.loads(path.read_text()))
 
-    @property
-    def seconds(self) -> float:
-        return sum(receipt.seconds for receipt in self.receipts)
+    def path(self, file: File) -> Location:
+        """Where a file of this stage lies (adopted files keep their own place)."""
+        return location(file.path) if "://" in file.path else self.directory / file.path
 
-    @property
-    def num_rejects(self) -> Counter[str]:
-        """How many samples were rejected, by reason, over all units."""
-        counts: Counter[str] = Counter()
-        for receipt in self.receipts:
-            counts.update({reason: len(keys) for reason, keys in receipt.rejects.items()})
-        return counts
+    def location(self, file: File) -> str:
+        """Absolute path or URL of a file of this stage."""
+        return str(self.path(file))
+
+    def local_path(self, file: File) -> Path:
+        """The file on this machine: where it lies, or a verified copy in the local cache."""
+        path = self.path(file)
+        if isinstance(path, Path):
+            return path
+        from ediffi.local_cache import LocalCache
+
+        return LocalCache.default().fetch(str(path), sha256=file.sha256, num_bytes=file.num_bytes)
 
     def to_json(self) -> Json:
-        document = {key: value for key, value in vars(self).items() if key != "directory"}
-        return {
-            "format": 1,
-            **document,
-            "inputs": dict(self.inputs),
-            "receipts": [receipt.to_json() for receipt in self.receipts],
+        """The manifest file: nothing in it varies from run to run."""
+        document = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in {"directory", "run_id", "created", "seconds", "timings"}
         }
+        return {"format": 2, **document, "totals": asdict(self.totals)}
+
+    def circumstances(self) -> Json:
+        """The file beside it: who made it, when, how long it took."""
+        names = ("run_id", "created", "seconds", "timings")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def load(cls, directory: Path) -> Manifest:
-        """Read `directory/manifest.json`. Raises FileNotFoundError if the stage is unfinished."""
+    def load(cls, directory: Location) -> Manifest:
+        """Read `directory/manifest.json`.
+
+        Raises:
+            FileNotFoundError: the stage is unfinished.
+            ValueError: another version of ediffi wrote it.
+        """
         data = json.loads((directory / "manifest.json").read_text())
-        data.pop("format")
-        receipts = tuple(Receipt.from_json(receipt) for receipt in data.pop("receipts"))
-        return cls(directory=directory, receipts=receipts, **data)
+        if (found := data.pop("format", None)) != 2:
+            raise ValueError(
+                f"{directory / 'manifest.json'}: format must be 2, found {found!r}: made by "
+                "another version of ediffi; use that one, or another store"
+            )
+        made = json.loads((directory / CIRCUMSTANCES_FILE).read_text())
+        totals = Totals(**data.pop("totals"))
+        return cls(directory=directory, totals=totals, **data, **made)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +250,14 @@ class Workspace:
     device: str = "cpu"  # "cuda" where the recipe gives the stage GPUs
     rank: int = 0
     world_size: int = 1
+    previous: Receipt | None = None  # of this unit, when it is retried; its files are in place
+    directory: Location = Path()  # of the stage: where the previous files lie
+    save_durable: Callable[[], None] = lambda: None  # call when `durable` is worth keeping
     report: Callable[[Mapping[str, float]], None] = lambda row: None
+
+    def previous_path(self, file: File) -> Location:
+        """Where a file of the previous receipt lies."""
+        return location(file.path) if "://" in file.path else self.directory / file.path
 
 
 class Stage(Protocol):
@@ -154,8 +282,8 @@ class Stage(Protocol):
     def identity(self) -> Json:
         """Every configured value that can change bytes; hashed into the fingerprint."""
 
-    def plan(self, inputs: Mapping[str, Manifest]) -> list[Unit]:
-        """List the work; do none of it."""
+    def plan(self, inputs: Mapping[str, Manifest]) -> Iterable[Unit]:
+        """List the work, always in the same order; do none of it."""
 
     def run(self, unit: Unit, workspace: Workspace) -> Outcome:
         """Do one unit. Safe to run again after a crash; same bytes every time."""

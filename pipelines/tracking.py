@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.fingerprint import flatten
+from pipelines.location import Location, is_remote
 from pipelines.planning import PlannedStage
 from pipelines.stage import Json, Manifest
 
@@ -29,9 +30,13 @@ MAX_PARAMS_PER_CALL = 100  # a limit of MLflow's API
 MAX_METRICS_PER_CALL = 1000
 
 
-def default_uri(store: Path) -> str:
-    """The tracking database that lies in the store itself."""
-    return f"sqlite:///{store / 'mlflow.db'}"
+def default_uri(store: Location) -> str:
+    """The tracking database that lies in the store itself; beside an object store, here."""
+    return f"sqlite:///{_local_side(store) / 'mlflow.db'}"
+
+
+def _local_side(store: Location) -> Path:
+    return store if isinstance(store, Path) else Path("ediffi-store").absolute()
 
 
 def without_password(uri: str) -> str:
@@ -47,7 +52,7 @@ class Tracker:
         run_id: our own id of the run, kept as tag `ediffi.run_id` on all its MLflow runs.
     """
 
-    def __init__(self, uri: str, *, store: Path, recipe_name: str, run_id: str) -> None:
+    def __init__(self, uri: str, *, store: Location, recipe_name: str, run_id: str) -> None:
         self._uri, self._store = uri, store
         self._recipe_name, self._run_id = recipe_name, run_id
         self._runs: dict[str, str] = {}  # "" for the parent, "stage" or "stage:unit" -> MLflow id
@@ -164,6 +169,8 @@ class Tracker:
                 self.errors.append(f"{type(error).__name__}: {without_password(str(error))}")
 
     def _connect(self) -> MlflowClient:
+        if self._uri == default_uri(self._store):
+            _local_side(self._store).mkdir(parents=True, exist_ok=True)
         # The first touch migrates the database and tells every step of it.
         with contextlib.redirect_stderr(io.StringIO()):
             from mlflow import MlflowClient
@@ -175,7 +182,8 @@ class Tracker:
         else:
             place = None
             if self._uri == default_uri(self._store):
-                place = (self._store / "mlflow-artifacts" / self._recipe_name).as_uri()
+                side = _local_side(self._store)
+                place = (side / "mlflow-artifacts" / self._recipe_name).as_uri()
             self._experiment_id = client.create_experiment(self._recipe_name, place)
         return client
 
@@ -229,7 +237,7 @@ class Tracker:
                 Dataset(
                     name=name,
                     digest=manifest.fingerprint,
-                    source_type="local",
+                    source_type="s3" if is_remote(manifest.directory) else "local",
                     source=str(manifest.directory),
                 )
             )
@@ -255,23 +263,28 @@ class Tracker:
 
     def _log_results(self, client: MlflowClient, run: str, manifest: Manifest) -> None:
         """Counts and the metrics and artifacts that units name in their facts."""
-        receipts = manifest.receipts
-        row = {
-            "units": len(receipts),
-            "samples_in": sum(receipt.num_in for receipt in receipts),
-            "samples_out": sum(receipt.num_out for receipt in receipts),
+        totals = manifest.totals
+        row: dict[str, float] = {
+            "units": totals.num_units,
+            "samples_in": totals.num_in,
+            "samples_out": totals.num_out,
+            "bytes": totals.num_bytes,
             "seconds": manifest.seconds,
-            **{f"rejects/{reason}": count for reason, count in manifest.num_rejects.items()},
+            **{f"rejects/{reason}": count for reason, count in totals.rejects.items()},
+            **{f"flagged/{reason}": count for reason, count in totals.flagged.items()},
+            **manifest.timings,
         }
-        for receipt in receipts:
-            prefix = f"{receipt.unit}/" if len(receipts) > 1 else ""
+        for receipt in manifest.receipts:
+            prefix = f"{receipt.unit}/" if totals.num_units > 1 else ""
             metrics = receipt.facts.get("metrics", {})
-            row |= {f"{prefix}{name}": value for name, value in metrics.items()}
-            # on the parent too: that is the row people compare
-            on_parent = {f"{manifest.stage}/{prefix}{name}": metrics[name] for name in metrics}
-            self._log_rows(client, self._runs[""], [on_parent])
+            if metrics:
+                row |= {f"{prefix}{name}": value for name, value in metrics.items()}
+                # on the parent too: that is the row people compare
+                on_parent = {f"{manifest.stage}/{prefix}{name}": metrics[name] for name in metrics}
+                self._log_rows(client, self._runs[""], [on_parent])
             for name in receipt.facts.get("artifacts", ()):
-                client.log_artifact(run, str(manifest.directory / name))
+                file = next(file for file in receipt.files if file.path == name)
+                client.log_artifact(run, str(manifest.local_path(file)))
         self._log_rows(client, run, [row])
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,10 +17,12 @@ from typing import TYPE_CHECKING
 import psutil
 
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.ledger import Ledger, now
+from pipelines.ledger import Ledger
+from pipelines.location import remove_tree
 from pipelines.planning import PlannedStage, plan
-from pipelines.recipe import Recipe
+from pipelines.recipe import CacheRecipe
 from pipelines.stage import Json
+from pipelines.stage_record import now
 
 if TYPE_CHECKING:
     from pipelines.runner import Runner
@@ -42,6 +43,7 @@ class RunRecord:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     process_started: float = field(default_factory=lambda: psutil.Process().create_time())
+    planned: dict[str, str] = field(default_factory=dict)  # stage -> fingerprint, from the start
     stages: list[Json] = field(default_factory=list)
     tracking_uri: str = ""
     mlflow_run_id: str = ""
@@ -64,9 +66,17 @@ class RunRecord:
 
 
 def run_recipe(
-    recipe: Recipe, ledger: Ledger, *, selected: Sequence[str] = (), tracking_uri: str = ""
+    recipe: CacheRecipe,
+    ledger: Ledger,
+    *,
+    selected: Sequence[str] = (),
+    retry: Mapping[str, frozenset[str]] | None = None,
+    tracking_uri: str = "",
 ) -> RunRecord:
     """Bring every selected stage, and all it needs, to its manifest.
+
+    Args:
+        retry: by selected stage, units to do again although they have a receipt.
 
     Returns:
         The finished record.
@@ -77,13 +87,17 @@ def run_recipe(
         RetryableError: the process was told to end; the same command goes on from there.
     """
     planned = select(plan(recipe, ledger), selected)
-    record = RunRecord(recipe=recipe.name, resolved=recipe.model_dump(mode="json"))
+    record = RunRecord(
+        recipe=recipe.name,
+        resolved=recipe.model_dump(mode="json"),
+        planned={one.name: one.fingerprint for one in planned},
+    )
     start = time.monotonic()
     try:
-        if all(one.is_hit for one in planned):
+        if not retry and all(one.is_hit for one in planned):
             record.stages = [_hit(one) for one in planned]
         else:
-            _drive(recipe, ledger, planned, record, tracking_uri)
+            _drive(recipe, ledger, planned, record, tracking_uri, retry or {})
         record.state = "finished"
     except BaseException as error:
         record.state = "failed" if isinstance(error, StageFailed | UserError) else "stopped"
@@ -113,11 +127,12 @@ def select(planned: list[PlannedStage], selected: Sequence[str]) -> list[Planned
 
 
 def _drive(
-    recipe: Recipe,
+    recipe: CacheRecipe,
     ledger: Ledger,
     planned: list[PlannedStage],
     record: RunRecord,
     tracking_uri: str,
+    retry: Mapping[str, frozenset[str]],
 ) -> None:
     """Start Ray and MLflow and run what is missing."""
     from pipelines.progress import Progress
@@ -135,7 +150,13 @@ def _drive(
     # stdout is data: Ray's own processes would print there
     with redirect_stdout(sys.stderr), Progress() as progress:
         runner = Runner(
-            recipe, ledger, planned, run_id=record.run_id, tracker=tracker, progress=progress
+            recipe,
+            ledger,
+            planned,
+            run_id=record.run_id,
+            tracker=tracker,
+            progress=progress,
+            retry=retry,
         )
         try:
             progress.say(f"run {record.run_id}: starting Ray")
@@ -176,7 +197,7 @@ def close_orphans(ledger: Ledger) -> list[str]:
         record.state, record.ended = "killed", now()
         ledger.write_run(vars(record))
     if not any(record.state == "running" for record in records):
-        shutil.rmtree(ledger.store / ".scratch", ignore_errors=True)
+        remove_tree(ledger.store / ".scratch")
     return [record.run_id for record in killed]
 
 
@@ -208,7 +229,7 @@ def stage_rows(runner: Runner) -> list[Json]:
                     "fingerprint": planned.fingerprint,
                     "state": "ran" if state.state == "ran" else "failed",
                     "seconds": round(state.seconds, 3),
-                    "units": len(state.units),
+                    "units": state.num_units,
                     "path": str(planned.record.directory),
                 }
             )
@@ -221,6 +242,6 @@ def _hit(planned: PlannedStage) -> Json:
         "fingerprint": planned.fingerprint,
         "state": "cached",
         "seconds": 0.0,
-        "units": planned.record.num_receipts,
+        "units": planned.record.manifest().num_units,
         "path": str(planned.record.directory),
     }

@@ -1,9 +1,20 @@
 """Set the environment before torch is first imported; skip what this machine cannot run."""
 
 import os
-from collections.abc import Sequence
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
 
 import pytest
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+S3_PORT = _free_port()
 
 # One thread per process: the tests' tensors are too small to share out, and two threads on two busy
 # cores stall. No test may reach a hub, a tracker or a telemetry server.
@@ -17,6 +28,12 @@ os.environ.update(
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Workers of a Ray that starts before the S3 server must know it too; and no test may reach
+        # a real bucket with the credentials of whoever runs it.
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{S3_PORT}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
     }
 )
 
@@ -31,3 +48,22 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A server on loopback that speaks S3 over HTTP, with one bucket; yields the bucket's URL."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=S3_PORT, verbose=False)
+    server.start()
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture
+def s3_store(s3_server: str) -> str:
+    """A prefix of its own on the S3 server: `s3://bucket/<unique>`."""
+    return f"{s3_server}/{uuid.uuid4().hex}"

@@ -32,7 +32,12 @@ NEEDS_MORE_THAN_TORCH: dict[str, str] = {
 }
 
 # Where the package that is imported and the distribution that is installed have different names.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open-clip-torch"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "open_clip": "open-clip-torch",
+    "upath": "universal-pathlib",
+}
 
 BLOCKER = """
 import importlib.abc, sys

@@ -41,6 +41,9 @@ class Samples(Protocol):
     def __getitem__(self, sample_index: int) -> Sample:
         """Read one sample."""
 
+    def __getitems__(self, sample_indices: Sequence[int]) -> list[Sample]:
+        """Read the samples of a batch together."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:
@@ -107,7 +110,14 @@ class TrainingExamples(Dataset[Example]):
 
     def __getitem__(self, global_index: int) -> Example:
         """Make the example that is shown after `global_index` images."""
-        sample = self.samples[self.order[global_index]]
+        return self._example(global_index, self.samples[self.order[global_index]])
+
+    def __getitems__(self, global_indices: Sequence[int]) -> list[Example]:
+        """Make the examples of a batch; their samples are read together."""
+        samples = self.samples.__getitems__([self.order[index] for index in global_indices])
+        return [self._example(index, sample) for index, sample in zip(global_indices, samples)]
+
+    def _example(self, global_index: int, sample: Sample) -> Example:
         draws = draw(self.seed, global_index, sample.image.shape, len(self.streams))
         image_CHW = sample.image.float().div_(127.5).sub_(1)
         return Example(

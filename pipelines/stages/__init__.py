@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.recipe import Recipe
+from pipelines.recipe import CacheRecipe, Recipe
 from pipelines.stage import Stage
 from pipelines.stages.assemble import Assemble
 from pipelines.stages.clip_fit import FitClip
@@ -14,15 +14,22 @@ from pipelines.stages.train_base import TrainBase
 from pipelines.stages.train_experts import TrainExperts
 
 
-def build_stages(recipe: Recipe) -> list[Stage]:
+def build_stages(recipe: CacheRecipe) -> list[Stage]:
     """Every stage of a recipe, each after those it needs."""
+    if any(encoder.cache for encoder in recipe.encoders.values()):
+        from pipelines.stages.embed_cache import AdoptCache
     stages: list[Stage] = [ingest_stage(recipe)]
     if recipe.clip_fit is not None:
         stages.append(FitClip(config=recipe.clip_fit, seed=recipe.seed))
     embeds = [
-        Embed(encoder_name=name, encoder=encoder) for name, encoder in recipe.encoders.items()
+        AdoptCache(encoder_name=name, encoder=encoder)
+        if encoder.cache
+        else Embed(encoder_name=name, encoder=encoder)
+        for name, encoder in recipe.encoders.items()
     ]
     stages += embeds
+    if not isinstance(recipe, Recipe):
+        return stages
     embed_names = tuple(embed.name for embed in embeds)
     return [
         *stages,

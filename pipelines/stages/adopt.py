@@ -2,134 +2,179 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.errors import UserError
-from pipelines.fingerprint import file_sha256
+from pipelines.fingerprint import canonical, file_sha256, unit_key
+from pipelines.location import Location, location
 from pipelines.stage import File, Json, Manifest, Outcome, Receipt, Unit, Workspace
-from pipelines.stages.rejects import Rejection, Tally, check_budget
-from pipelines.stages.source_list import SPLITS, is_safe_key
+from pipelines.stages.adopted_samples import SampleLimits
+from pipelines.stages.duplicate_keys import KEYS_FOLDER, find_duplicates, write_keys
+from pipelines.stages.picture_files import max_bytes_of
+from pipelines.stages.rejects import Tally, check_budget
+from pipelines.stages.source_files import TarSource, find_tars, version_of
+from pipelines.stages.source_list import SPLITS
+from pipelines.stages.tar_sifting import SOUND, Sieve
 
 if TYPE_CHECKING:
     from pipelines.recipe import ReadyShards
-
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdoptShards:
     """Verify webdataset tars made elsewhere. Sound ones stay where they lie, nothing is copied.
 
-    A tar with samples that no later stage could use is copied without them; so is one whose
-    captions stand only in its JSON members, with the `.txt` members that later stages read.
+    A tar with anything that no later stage could use is copied without it: whole samples are
+    salvaged from torn tars, and captions that stand only in JSON members become `.txt` members.
+    A key that an earlier tar has is left out of the later one, which is done again for it.
     """
 
     config: ReadyShards
 
     name: ClassVar[str] = "ingest"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ()
     gang: ClassVar[bool] = False
 
     def identity(self) -> Json:
-        """Name, size and time of every tar: reading them all would be the stage's own work."""
+        """Place, size and time (or tag) of every tar: reading them would be the stage's work."""
+        tars = {split: find_tars(pattern) for split, pattern in self._patterns.items()}
         return {
             "source": "shards",
+            **self._limits_identity(),
             **{
-                split: [
-                    [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-                    for path in self._paths(split)
-                ]
-                for split in SPLITS
+                split: {
+                    "num_tars": len(found),
+                    "num_bytes": sum(tar.num_bytes for tar in found),
+                    "sha256": _digest(found),
+                }
+                for split, found in tars.items()
             },
         }
 
-    def plan(self, inputs: Mapping[str, Manifest]) -> list[Unit]:
+    def plan(self, inputs: Mapping[str, Manifest]) -> Iterable[Unit]:
         """One unit per tar. Raises UserError for a pattern that matches none."""
-        units = []
-        for split in SPLITS:
-            paths = self._paths(split)
-            if not paths:
-                pattern = Path(getattr(self.config, split)).absolute()
-                raise UserError(f"data.{split}: no .tar file matches {pattern}")
-            units += [
-                Unit(
-                    id=f"{split.replace('_', '-')}-{index:05d}",
-                    arguments={"split": split, "path": str(path)},
-                )
-                for index, path in enumerate(paths)
-            ]
-        return units
+        tars = {split: find_tars(pattern) for split, pattern in self._patterns.items()}
+        for split, found in tars.items():
+            if not found:
+                raise UserError(f"data.{split}: no .tar file matches {self._patterns[split]}")
+        return self._units(tars)
 
     def run(self, unit: Unit, workspace: Workspace) -> Outcome:
-        """Read one tar through. Raises UserError if it is torn or unsafe."""
-        from ediffi.shards import ShardError, read_shard
+        """Read one tar through. Raises UserError if it is gone or another one by now."""
+        from ediffi.tar_index import salvage, write_index
 
-        path, tally = Path(unit.arguments["path"]), Tally()
-        is_sound = True
-        try:
-            for key, members in read_shard(path):
-                mended = _mended(key, members)
-                tally.count(key, mended if isinstance(mended, Rejection) else None)
-                is_sound = is_sound and mended is members
-            if is_sound:
-                num_bytes = path.stat().st_size
-                file = File(path=str(path), sha256=file_sha256(path), num_bytes=num_bytes)
-                return tally.outcome(unit, adopted=(file,))
-            _write_mended(path, workspace.scratch / f"{unit.id}.tar")
-        except ShardError as error:
-            raise UserError(f"data.{unit.arguments['split']}: {error}") from error
-        return tally.outcome(unit, files=(f"{unit.id}.tar",))
+        scratch, place, tally = workspace.scratch, unit.arguments["place"], Tally()
+        path = _local_copy(unit, scratch)
+        salvaged = salvage(path)
+        sieve = Sieve(
+            place=place, drop=set(unit.arguments["drop"]), limits=self._limits, tally=tally
+        )
+        is_torn = sieve.count_problems(salvaged.problems)
+        fixes = sieve.judge(path, salvaged.samples)
+        is_sound = not salvaged.problems and all(
+            fixes.get(key) == SOUND for key in salvaged.samples
+        )
+        tar_path = path if is_sound else scratch / f"{unit.id}.tar"
+        if not is_sound:
+            sieve.write(path, salvaged.samples, fixes, tar_path)
+        index_name, keys_name = f"{unit.id}.index.json", f"{KEYS_FOLDER}/{unit.id}.u64"
+        write_index(tar_path, scratch / index_name)
+        write_keys(fixes, scratch / keys_name)
+        ours = () if is_sound else (tar_path.name,)
+        source = {name: unit.arguments[name] for name in ("place", "version", "drop")}
+        return tally.outcome(
+            unit,
+            files=(*ours, index_name, keys_name, *tally.write_report(unit, scratch)),
+            adopted=(_adopted(place, path),) if is_sound else (),
+            facts={"is_torn": is_torn, "source": source},
+        )
 
-    def check(self, receipts: Sequence[Receipt]) -> None:
+    def check(self, receipts: Iterable[Receipt]) -> None:
         """Raise StageFailed if too many samples were rejected, see `check_budget`."""
         check_budget(receipts, self.config.max_rejects_fraction)
 
-    def _paths(self, split: str) -> list[Path]:
-        found = (Path(name).absolute() for name in glob(getattr(self.config, split)))
-        return sorted(path for path in found if path.suffix == ".tar")
+    def amend(self, receipts: Iterable[Receipt], directory: Location) -> list[Unit]:
+        """Units to do again without keys that an earlier unit has; none once they are done."""
+        units, num_keys = [], 0
+        for receipt in receipts:
+            units.append((receipt.unit, receipt.facts["split"], receipt.facts["source"]))
+            num_keys += receipt.num_out
+        duplicates = find_duplicates(directory, [unit for unit, _, _ in units], num_keys)
+        again = []
+        for index, keys in duplicates.items():
+            unit_id, split, source = units[index]
+            again.append(self._unit(unit_id, split, {**source, "drop": [*source["drop"], *keys]}))
+        return again
+
+    # -- units ------------------------------------------------------------------------------------
+
+    @property
+    def _patterns(self) -> dict[str, str]:
+        patterns = {split: getattr(self.config, split) for split in SPLITS}
+        return {split: pattern for split, pattern in patterns.items() if pattern}
+
+    def _units(self, tars: Mapping[str, list[TarSource]]) -> Iterator[Unit]:
+        for split, found in tars.items():
+            for index, tar in enumerate(found):
+                source = {"place": tar.place, "version": tar.version, "drop": []}
+                yield self._unit(f"{split.replace('_', '-')}-{index:05d}", split, source)
+
+    def _unit(self, unit_id: str, split: str, source: Mapping[str, Json]) -> Unit:
+        settings = {"source": "shards", "version": self.version, **self._limits_identity()}
+        return Unit(
+            id=unit_id,
+            arguments={"split": split, **source},
+            key=unit_key(
+                settings, tar=[source["place"], source["version"]], duplicates=source["drop"]
+            ),
+        )
+
+    def _limits_identity(self) -> dict[str, Json]:
+        names = ("max_pixels", "max_picture_mib", "max_caption_characters")
+        return {name: getattr(self.config, name) for name in names}
+
+    @property
+    def _limits(self) -> SampleLimits:
+        return SampleLimits(
+            max_picture_bytes=max_bytes_of(self.config.max_picture_mib),
+            max_pixels=self.config.max_pixels,
+            max_caption_characters=self.config.max_caption_characters,
+        )
 
 
-def _write_mended(source: Path, target: Path) -> None:
-    from ediffi.shards import ShardWriter, read_shard
-
-    with ShardWriter(target) as writer:
-        for key, members in read_shard(source):
-            mended = _mended(key, members)
-            if not isinstance(mended, Rejection):
-                writer.write(key, mended)
+def _adopted(place: str, path: Path) -> File:
+    return File(path=place, sha256=file_sha256(path), num_bytes=path.stat().st_size)
 
 
-def _mended(key: str, members: Mapping[str, bytes]) -> Mapping[str, bytes] | Rejection:
-    """The same members if they are fit for later stages, else mended ones, else why not."""
-    from ediffi.shards import ImageError, decode_image
+def _digest(tars: Iterable[TarSource]) -> str:
+    lines = ((tar.place, tar.version) for tar in tars)
+    return hashlib.sha256(canonical(list(lines))).hexdigest()
 
-    if not is_safe_key(key):
-        return Rejection(reason="key_invalid", message=f"key {key!r}")
-    picture = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
-    if picture is None:
-        return Rejection(reason="image_missing", message=f"members: {', '.join(members)}")
+
+def _local_copy(unit: Unit, scratch: Path) -> Path:
+    """The tar on this machine: where it lies, or a copy in scratch.
+
+    Raises:
+        UserError: it is gone, or no longer the one that was planned.
+    """
+    field, place = f"data.{unit.arguments['split']}", location(unit.arguments["place"])
     try:
-        caption = members["txt"].decode() if "txt" in members else _json_caption(members)
-    except ValueError as error:  # not UTF-8, or not JSON
-        return Rejection(reason="caption_invalid", message=str(error))
-    if caption is None:
-        return Rejection(reason="caption_missing", message="neither .txt nor .json has it")
-    if "\0" in caption or not caption.strip():
-        return Rejection(reason="caption_invalid" if "\0" in caption else "caption_empty")
-    try:
-        decode_image(picture)
-    except ImageError as error:
-        return Rejection.of_image(error)
-    return members if "txt" in members else {**members, "txt": caption.encode()}
-
-
-def _json_caption(members: Mapping[str, bytes]) -> str | None:
-    about = json.loads(members.get("json", b"{}"))
-    caption = about.get("caption") if isinstance(about, dict) else None
-    return caption if isinstance(caption, str) else None
+        version = version_of(place)
+        if version != unit.arguments["version"]:
+            raise UserError(
+                f"{field}: {place} has changed since this run began (size and time or tag were "
+                f"{unit.arguments['version']}, are {version}); run again"
+            )
+        if isinstance(place, Path):
+            with place.open("rb"):
+                return place
+        path = scratch / "source.tar"
+        place.fs.get_file(place.path, str(path))
+        return path
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{field}: cannot read {place}: {error}") from error

@@ -64,7 +64,7 @@ class Assemble:
             description = asdict(encoder_config(encoder, workspace.inputs))
             if encoder.is_fitted:
                 inside = f"{ENCODERS_FOLDER}/{CLIP_FOLDER}"
-                source = workspace.inputs["clip_fit"].directory / CLIP_FOLDER
+                source = workspace.inputs["clip_fit"].local_folder(CLIP_FOLDER)
                 shutil.copytree(source, directory / inside, dirs_exist_ok=True)
                 description["weights"] = f"./{inside}"
             descriptions[name] = description
@@ -73,4 +73,4 @@ class Assemble:
 
 def ensemble_path(assemble: Manifest) -> Path:
     """The ensemble directory that a finished `assemble` stage made."""
-    return assemble.directory / ENSEMBLE_FOLDER
+    return assemble.local_folder(ENSEMBLE_FOLDER)

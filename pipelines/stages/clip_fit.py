@@ -50,5 +50,5 @@ def _captioned_pictures(ingest: Manifest) -> Iterator[tuple[Image, str]]:
     from ediffi.shards import caption_of, decode_image, picture_of, read_shard
 
     for receipt in image_shards(ingest, "train"):
-        for _, members in read_shard(ingest.path(shard_file(receipt))):
+        for _, members in read_shard(ingest.local_path(shard_file(receipt))):
             yield decode_image(picture_of(members)), caption_of(members)

@@ -1,35 +1,49 @@
 """Encode every ingested sample once: T5 token states, CLIP text, CLIP image.
 
-One stage an encoder, so that adding one never touches the caches of the others.
+One stage an encoder, so that adding one never touches the caches of the others. Beside the tars
+lies `encoder.json`, which says what they were made with.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
+from pipelines.fingerprint import unit_key
 from pipelines.recipe import Encoder
-from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
+from pipelines.stage import File, Json, Manifest, Outcome, Receipt, Unit, Workspace
+from pipelines.stages.embed_budget import check_receipts
 from pipelines.stages.inputs import (
     EMBED_PREFIX,
     NULL_UNIT,
     encoder_config,
     image_shards,
     shard_file,
-    without,
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from PIL.Image import Image
-    from torch import Tensor
-
     from ediffi.encoders import Encoder as LoadedEncoder
 
-PICTURES_PER_CALL = 256  # bounds the memory that decoded pictures take
+MAX_DECODING_THREADS = 8
+
+
+def digest_kind(encoder: Encoder) -> str:
+    """Which of an image shard's digests an encoder's embeddings depend on."""
+    return "pictures" if encoder.family == "open_clip_image" else "captions"
+
+
+def asked_identity(encoder: Encoder) -> dict[str, str | int]:
+    """What a recipe asks of an encoder; weights that are still to be fitted are only named.
+
+    Raises:
+        ValueError: its weights are missing, or its settings contradict each other.
+    """
+    from ediffi.encoder_identity import encoder_identity
+    from ediffi.encoder_weights import EncoderConfig
+
+    values = {field.name: getattr(encoder, field.name) for field in fields(EncoderConfig)}
+    return encoder_identity(EncoderConfig(**values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +52,8 @@ class Embed:
 
     encoder_name: str
     encoder: Encoder
-    version: ClassVar[int] = 1
+    max_pixels: int = 64_000_000  # of one picture; ingest has refused larger ones already
+    version: ClassVar[int] = 2
     gang: ClassVar[bool] = False
 
     @property
@@ -50,91 +65,103 @@ class Embed:
         return ("ingest", "clip_fit") if self.encoder.is_fitted else ("ingest",)
 
     def identity(self) -> Json:
-        values = without(self.encoder.model_dump(mode="json"), {"dropout"})
-        if self.encoder.is_fitted:
-            return values
-        from ediffi.encoder_weights import weights_identity
+        return asked_identity(self.encoder)
 
-        return values | {"weights_identity": weights_identity(encoder_config(self.encoder, {}))}
+    def plan(self, inputs: Mapping[str, Manifest]) -> Iterator[Unit]:
+        """The empty caption, then one unit a shard with all that a worker needs to know of it."""
+        from ediffi.encoder_identity import encoder_identity
 
-    def plan(self, inputs: Mapping[str, Manifest]) -> list[Unit]:
-        shards = image_shards(inputs["ingest"])
-        return [Unit(id=NULL_UNIT), *(Unit(id=receipt.unit) for receipt in shards)]
+        identity = encoder_identity(encoder_config(self.encoder, inputs))
+        settings = {"version": self.version, "encoder": identity}
+        kind = digest_kind(self.encoder)
+        yield Unit(id=NULL_UNIT, key=unit_key(settings))
+        for receipt in image_shards(inputs["ingest"]):
+            digest = receipt.facts["digests"][kind]
+            yield Unit(
+                id=receipt.unit,
+                key=unit_key(settings, **{kind: digest}),
+                arguments={
+                    "shard": receipt.facts["shard"],
+                    "file": asdict(shard_file(receipt)),
+                    "num_samples": receipt.num_out,
+                    "digests": {kind: digest},
+                },
+            )
 
     def run(self, unit: Unit, workspace: Workspace) -> Outcome:
+        """Encode one shard. Raises ShardError if it is not the one that was ingested."""
+        from ediffi.encoder_identity import encoder_identity, identity_digest
         from ediffi.encoders import load_encoder
 
-        encoder = load_encoder(
-            encoder_config(self.encoder, workspace.inputs), device=workspace.device
-        )
+        config = encoder_config(self.encoder, workspace.inputs)
+        encoder = load_encoder(config, device=workspace.device)
+        identity = encoder_identity(config)
+        made_with = {"encoder": identity_digest(identity)}
+        if encoder.revision:
+            made_with["revision"] = encoder.revision
         if unit.id == NULL_UNIT:
-            return _write_null(encoder, workspace.scratch)
-        ingest = workspace.inputs["ingest"]
-        receipt = ingest.receipt(unit.id)
-        name = receipt.facts["shard"]
-        return _write_shard(encoder, ingest.path(shard_file(receipt)), workspace.scratch / name)
+            return _write_null(encoder, identity, made_with, workspace)
+        return self._write_shard(encoder, made_with, unit, workspace)
+
+    def _write_shard(
+        self, encoder: LoadedEncoder, made_with: Json, unit: Unit, workspace: Workspace
+    ) -> Outcome:
+        import torch
+
+        from ediffi.embedding import embed_shard
+        from ediffi.tar_index import ShardError, write_index
+
+        arguments = unit.arguments
+        source = workspace.inputs["ingest"].local_path(File(**arguments["file"]))
+        if (num_bytes := source.stat().st_size) != arguments["file"]["num_bytes"]:
+            raise ShardError(
+                f"{source}: must be the {arguments['file']['num_bytes']} bytes that were ingested, "
+                f"found {num_bytes}: put the shard back, or run ingest anew"
+            )
+        target = workspace.scratch / arguments["shard"]
+        report = embed_shard(
+            encoder,
+            source,
+            target,
+            max_pixels=self.max_pixels,
+            num_threads=min(MAX_DECODING_THREADS, torch.get_num_threads()),
+        )
+        if report.num_in != arguments["num_samples"]:
+            raise ShardError(
+                f"{source}: must hold the {arguments['num_samples']} samples that were ingested, "
+                f"found {report.num_in}: put the shard back, or run ingest anew"
+            )
+        index = target.with_suffix(".index.json")
+        write_index(target, index)
+        about = {"shard": target.name, "digests": dict(arguments["digests"]), **made_with}
+        return Outcome(
+            files=[target.name, index.name],
+            num_in=report.num_in,
+            num_out=report.num_out,
+            rejects=report.rejects,
+            flagged=report.flagged,
+            facts={**about, **report.facts},
+            timings=report.timings,
+        )
+
+    def check(self, receipts: Iterable[Receipt]) -> None:
+        """Judge all units together, reading the receipts once.
+
+        Raises:
+            StageFailed: too many samples were rejected, or units were made with different commits
+                of a hub name that moved meanwhile.
+        """
+        check_receipts(receipts, self.encoder_name, self.encoder)
 
 
-def _write_null(encoder: LoadedEncoder, scratch: Path) -> Outcome:
-    from ediffi.shards import encode_tensors
+def _write_null(
+    encoder: LoadedEncoder, identity: Mapping[str, str | int], made_with: Json, workspace: Workspace
+) -> Outcome:
+    from ediffi.encoder_identity import IDENTITY_FILE, identity_json
+    from ediffi.shard_format import encode_tensors
 
+    scratch = workspace.scratch
     (scratch / "null.safetensors").write_bytes(encode_tensors(encoder.null()))
+    (scratch / IDENTITY_FILE).write_text(identity_json(identity), encoding="utf-8")
     widths = {"token_width": encoder.token_width, "pooled_width": encoder.pooled_width}
-    return Outcome(files=["null.safetensors"], facts=widths)
-
-
-def _write_shard(encoder: LoadedEncoder, source: Path, target: Path) -> Outcome:
-    """Encode one image shard into one embedding shard of the same name and order."""
-    from ediffi.shards import ShardWriter, encode_tensors, read_shard
-
-    rejects: dict[str, list[str]] = defaultdict(list)
-    num_in = num_out = 0
-    facts: dict[str, Json] = {"shard": target.name}
-    samples = list(read_shard(source))
-    with ShardWriter(target) as writer:
-        for start in range(0, len(samples), PICTURES_PER_CALL):
-            part = samples[start : start + PICTURES_PER_CALL]
-            num_in += len(part)
-            encoded = _encode(encoder, part, rejects, facts)
-            for key, tensors in encoded.items():
-                if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                    rejects["not_finite"].append(key)
-                    continue
-                writer.write(key, {"safetensors": encode_tensors(tensors)})
-                num_out += 1
-                _count_tokens(tensors, facts)
-    return Outcome(
-        files=[target.name], num_in=num_in, num_out=num_out, rejects=rejects, facts=facts
-    )
-
-
-def _encode(
-    encoder: LoadedEncoder,
-    samples: list[tuple[str, dict[str, bytes]]],
-    rejects: dict[str, list[str]],
-    facts: dict[str, Json],
-) -> dict[str, dict[str, Tensor]]:
-    """Embeddings by key; samples that cannot be read are noted in `rejects`."""
-    from ediffi.shards import ImageError, caption_of, decode_image, picture_of
-
-    if encoder.kind == "text":
-        captions = {key: caption_of(members) for key, members in samples}
-        lengths = encoder.num_tokens(list(captions.values()))
-        num_cut = sum(length > encoder.config.max_tokens for length in lengths)
-        facts["num_truncated"] = facts.get("num_truncated", 0) + num_cut
-        return dict(zip(captions, encoder.encode(list(captions.values())), strict=True))
-    pictures: dict[str, Image] = {}
-    for key, members in samples:
-        try:
-            pictures[key] = decode_image(picture_of(members))
-        except ImageError as error:
-            rejects[error.reason].append(key)
-    return dict(zip(pictures, encoder.encode(list(pictures.values())), strict=True))
-
-
-def _count_tokens(tensors: Mapping[str, Tensor], facts: dict[str, Json]) -> None:
-    """Keep a histogram of sequence lengths: `tokens` maps a length to its number of samples."""
-    if "tokens" in tensors:
-        histogram = facts.setdefault("tokens", {})
-        length = str(len(tensors["tokens"]))
-        histogram[length] = histogram.get(length, 0) + 1
+    return Outcome(files=["null.safetensors", IDENTITY_FILE], facts={**widths, **made_with})

@@ -126,7 +126,10 @@ class Evaluate:
 
         shards = joined_shards(inputs, "held_out")
         samples = JoinedShards(
-            shards, image_px=self.recipe.data.image_px, resize=self.recipe.data.resize
+            shards,
+            image_px=self.recipe.data.image_px,
+            resize=self.recipe.data.resize,
+            missing=self.recipe.missing_embeddings,
         )
         num = min(len(samples), self.recipe.evaluate.draws_per_bin)
         size = self.recipe.evaluate.batch_images
@@ -168,7 +171,7 @@ class Evaluate:
 
     def _floor(self, extract: FeatureExtractor, real: Tensor, ingest: Manifest) -> Json:
         """Distance of as many training pictures from the held-out ones: what perfection gives."""
-        paths = (ingest.path(shard_file(one)) for one in image_shards(ingest, "train"))
+        paths = (ingest.local_path(shard_file(one)) for one in image_shards(ingest, "train"))
         train, _ = self._read(paths, limit=len(real))
         return _distances(extract, train, real)
 
@@ -189,14 +192,15 @@ class Evaluate:
 
 
 def _held_out_paths(ingest: Manifest) -> Iterator[Path]:
-    return (ingest.path(shard_file(receipt)) for receipt in image_shards(ingest, "held_out"))
+    return (ingest.local_path(shard_file(receipt)) for receipt in image_shards(ingest, "held_out"))
 
 
 def _drawn_paths(workspace: Workspace, model: str) -> Iterator[Path]:
     sample = workspace.inputs["sample"]
     for receipt in sample.receipts:
         if receipt.unit != PROMPTS_UNIT:
-            yield sample.directory / f"{receipt.unit}-{model}.tar"
+            name = f"{receipt.unit}-{model}.tar"
+            yield sample.local_path(next(file for file in receipt.files if file.path == name))
 
 
 def _distances(extract: FeatureExtractor, pictures: Tensor, real: Tensor) -> Json:

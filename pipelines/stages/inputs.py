@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +20,11 @@ CLIP_FOLDER = "clip"  # where `clip_fit` puts the CLIP it made
 NULL_UNIT = "null"  # the unit of `embed` that makes the embedding of the empty caption
 
 
-def image_shards(ingest: Manifest, split: str | None = None) -> list[Receipt]:
+def image_shards(ingest: Manifest, split: str | None = None) -> Iterator[Receipt]:
     """Receipts of the image shards of one split (None: of all), leaving out empty shards."""
-    return [
-        receipt
-        for receipt in ingest.receipts
-        if receipt.num_out and split in (None, receipt.facts["split"])
-    ]
+    for receipt in ingest.receipts:
+        if receipt.num_out and split in (None, receipt.facts["split"]):
+            yield receipt
 
 
 def shard_file(receipt: Receipt) -> File:
@@ -45,22 +43,10 @@ def embeds_of(inputs: Mapping[str, Manifest]) -> dict[str, Manifest]:
 
 def joined_shards(inputs: Mapping[str, Manifest], split: str) -> tuple[ShardRef, ...]:
     """Image shards of a split, each with the same-named shard of every embedding cache."""
-    from ediffi.shards import ShardRef
+    from ediffi.caches import open_caches
 
-    ingest = inputs["ingest"]
-    embeds = embeds_of(inputs)
-    return tuple(
-        ShardRef(
-            name=receipt.facts["shard"],
-            image_path=ingest.path(shard_file(receipt)),
-            embedding_paths={
-                name: embed.path(shard_file(embed.receipt(receipt.unit)))
-                for name, embed in embeds.items()
-            },
-            num_samples=receipt.num_out,
-        )
-        for receipt in image_shards(ingest, split)
-    )
+    embeds = {name: str(embed.directory) for name, embed in embeds_of(inputs).items()}
+    return tuple(open_caches(str(inputs["ingest"].directory), embeds, split=split))
 
 
 def encoder_config(encoder: Encoder, inputs: Mapping[str, Manifest]) -> EncoderConfig:
@@ -69,7 +55,7 @@ def encoder_config(encoder: Encoder, inputs: Mapping[str, Manifest]) -> EncoderC
 
     values = {field.name: getattr(encoder, field.name) for field in fields(EncoderConfig)}
     if encoder.is_fitted:
-        values["weights"] = str(inputs["clip_fit"].directory / CLIP_FOLDER)
+        values["weights"] = str(inputs["clip_fit"].local_folder(CLIP_FOLDER))
     return EncoderConfig(**values)
 
 
@@ -96,7 +82,7 @@ def stream_configs(
 
 def snapshot_paths(manifest: Manifest) -> dict[str, Path]:
     """Snapshot directories of a training stage by unit."""
-    return {receipt.unit: manifest.directory / receipt.unit for receipt in manifest.receipts}
+    return {receipt.unit: manifest.local_folder(receipt.unit) for receipt in manifest.receipts}
 
 
 def without(values: Mapping[str, Json], names: Iterable[str]) -> dict[str, Json]:

@@ -117,7 +117,7 @@ def held_out_captions(ingest: Manifest, num_captions: int) -> list[str]:
 
     captions: dict[str, None] = {}
     for receipt in image_shards(ingest, "held_out"):
-        for _, members in read_shard(ingest.path(shard_file(receipt))):
+        for _, members in read_shard(ingest.local_path(shard_file(receipt))):
             captions.setdefault(caption_of(members))
             if len(captions) == num_captions:
                 return list(captions)

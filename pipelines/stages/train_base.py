@@ -32,6 +32,7 @@ class TrainBase:
             "noise": recipe.noise.model_dump(mode="json"),
             "image_px": recipe.data.image_px,
             "resize": recipe.data.resize,
+            "missing_embeddings": recipe.missing_embeddings,
             "streams": list(recipe.encoders),  # their order is the order of the context
             "dropout": {name: encoder.dropout for name, encoder in recipe.encoders.items()},
             "train": train_identity(recipe.base),

@@ -62,6 +62,7 @@ def train_unit(
         config=config,
         shards=joined_shards(workspace.inputs, "train"),
         resize=recipe.data.resize,
+        missing=recipe.missing_embeddings,
         initial=initial,
         checkpoint_path=workspace.durable / "checkpoints",
         snapshot_path=workspace.scratch / unit,
@@ -74,5 +75,9 @@ def train_unit(
         files=[f"{unit}/{path.name}" for path in sorted(job.snapshot_path.iterdir())],
         num_in=num_images,
         num_out=num_images,
-        facts={"metrics": {"final_loss": summary["final_loss"]}, "summary": summary},
+        facts={
+            "metrics": {"final_loss": summary["final_loss"]},
+            "num_parameters": summary["num_parameters"],
+        },
+        timings={"resumed_from_images": summary["resumed_from_images"]},
     )

@@ -1,6 +1,7 @@
 """Encoders: real classes on small local weights, no network."""
 
 import importlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from safetensors.torch import save_file
+from transformers import T5EncoderModel
 
-from ediffi import encoders
-from ediffi.clip_fit import ClipFitConfig, fit_clip
+from ediffi import open_clip_encoders
 from ediffi.encoders import EncoderConfig, load_encoder, weights_identity
+from tests.tiny_encoders import write_clip, write_t5
 
 CAPTIONS = ["a red circle", "a cat and a dog on the mat", "", "dog", "a dog"]
 MINILM = EncoderConfig(
@@ -26,23 +27,9 @@ MINILM = EncoderConfig(
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
-    """A random two-layer T5 encoder with a word-level Unigram tokenizer that ends in </s>."""
+    """A random two-layer T5 encoder with a word-level tokenizer that ends in </s>."""
     directory = tmp_path_factory.mktemp("t5")
-    words = sorted({word for caption in CAPTIONS for word in caption.split()})
-    vocabulary = ["<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in words)]
-    tokenizer = Tokenizer(models.Unigram([(token, -1.0) for token in vocabulary], unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    architecture = T5Config(
-        vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
-    )
-    T5EncoderModel(architecture).save_pretrained(directory)
+    write_t5(directory, tuple(sorted({word for caption in CAPTIONS for word in caption.split()})))
     return EncoderConfig(
         family="transformers", weights=str(directory), max_tokens=12, storage_dtype="fp32"
     )
@@ -52,9 +39,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
 def clip_text(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
     """A tiny CLIP directory, hardly fitted."""
     directory = tmp_path_factory.mktemp("clip")
-    samples = [(Image.new("RGB", (8, 8), name), name) for name in ("red", "green", "blue")]
-    config = ClipFitConfig(image_px=8, width=32, num_layers=1, embedding_width=16, num_steps=2)
-    fit_clip(samples, config, directory, report=lambda row: None)
+    write_clip(directory)
     return EncoderConfig(
         family="open_clip_text", weights=str(directory), max_tokens=20, storage_dtype="fp32"
     )
@@ -68,10 +53,10 @@ def text(request: pytest.FixtureRequest) -> EncoderConfig:
 
 def test_captions_keep_their_own_length_and_order(text, monkeypatch):
     """Each caption has exactly its own tokens, whatever buckets it was encoded in."""
-    monkeypatch.setattr(encoders, "_BATCH_TOKENS", 8)
     encoder = load_encoder(text)
+    monkeypatch.setattr(encoder, "batch_tokens", 8)
     encoded = encoder.encode(CAPTIONS)
-    assert [len(sample["tokens"]) for sample in encoded] == encoder.num_tokens(CAPTIONS)
+    assert [len(sample["tokens"]) for sample in encoded] == encoder.tokenize(CAPTIONS).num_tokens
     for caption, sample in zip(CAPTIONS, encoded):
         torch.testing.assert_close(sample, encoder.encode([caption])[0], atol=1e-5, rtol=1e-5)
 
@@ -98,7 +83,9 @@ def test_a_long_caption_is_truncated_and_counted(text):
     """Captions beyond max_tokens are cut to it, and num_tokens tells the uncut length."""
     encoder = load_encoder(text)
     caption = " ".join(["dog"] * 40)
-    assert encoder.num_tokens([caption, "dog"])[0] > 40
+    tokenized = encoder.tokenize([caption, "dog"])
+    assert tokenized.num_tokens[0] > 40 > tokenized.num_tokens[1]
+    assert [len(ids) for ids in tokenized.ids] == [text.max_tokens, tokenized.num_tokens[1]]
     assert len(encoder.encode([caption])[0]["tokens"]) == text.max_tokens
 
 
@@ -107,7 +94,7 @@ def test_the_null_embedding_is_the_empty_caption(text):
     encoder = load_encoder(text)
     null = encoder.null()
     torch.testing.assert_close(null, encoder.encode([""])[0])
-    assert null["tokens"].shape == (encoder.num_tokens([""])[0], encoder.token_width)
+    assert null["tokens"].shape == (encoder.tokenize([""]).num_tokens[0], encoder.token_width)
     assert ("pooled" in null) == (encoder.pooled_width > 0)
 
 
@@ -152,6 +139,74 @@ def test_t5_gives_the_last_hidden_states_of_its_encoder(t5):
     )
 
 
+def test_the_penultimate_states_of_t5_skip_its_last_block(t5):
+    """They are what comes before the last block, through the final norm."""
+    encoder = load_encoder(replace(t5, layer="penultimate"))
+    network = T5EncoderModel.from_pretrained(t5.weights).eval()
+    ids = encoder.tokenizer("a red circle", return_tensors="pt")["input_ids"]
+    hidden = network(ids, output_hidden_states=True).hidden_states[-2]
+    expected = network.encoder.final_layer_norm(hidden)[0].detach()
+    found = encoder.encode(["a red circle"])[0]["tokens"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, load_encoder(t5).encode(["a red circle"])[0]["tokens"])
+
+
+def test_the_penultimate_states_of_clip_skip_its_last_block(clip_text, tmp_path):
+    """The states change, through the same final norm; the pooled vector stays the last block's."""
+    config = json.loads((Path(clip_text.weights) / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["layers"] = 2
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    network = open_clip.CLIP(**config["model_cfg"]).eval()
+    save_file(network.state_dict(), tmp_path / "open_clip_model.safetensors")
+    two_blocks = replace(clip_text, weights=str(tmp_path))
+    encoder = load_encoder(replace(two_blocks, layer="penultimate"))
+    found, last = (one.encode(["a dog"])[0] for one in (encoder, load_encoder(two_blocks)))
+    ids = encoder.tokenizer(["a dog"])
+    intermediate = network.forward_intermediates(
+        text=ids, text_indices=[0], normalize_intermediates=True
+    )["text_intermediates"][0]
+    end = int(ids[0].argmax()) + 1
+    expected = intermediate[0, :end].detach()
+    torch.testing.assert_close(found["tokens"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["pooled"], last["pooled"], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="layer must be 'last' for a network of one block"):
+        load_encoder(replace(clip_text, layer="penultimate"))
+
+
+def test_int8_encodes_to_what_a_reader_of_the_cache_gets(text):
+    """Samples come back in bf16, within a small angle of the exact states."""
+    exact = load_encoder(text).encode(CAPTIONS)
+    for a, b in zip(exact, load_encoder(replace(text, storage_dtype="int8")).encode(CAPTIONS)):
+        assert b["tokens"].dtype == torch.bfloat16
+        assert "tokens_scale" not in b
+        similarity = torch.cosine_similarity(a["tokens"], b["tokens"].float(), dim=-1)
+        assert float(similarity.min()) > 0.999
+
+
+def test_a_pinned_revision_is_what_is_asked_of_the_hub(t5, monkeypatch):
+    """Every file is asked for at the commit that the configuration was found at."""
+    import transformers
+
+    asked = []
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for library in (transformers.AutoConfig, transformers.AutoTokenizer, T5EncoderModel):
+        original = library.from_pretrained
+
+        def load(name, *, revision="main", original=original, **options):
+            asked.append((name, revision))
+            loaded = original(t5.weights, **options)
+            if isinstance(loaded, transformers.PreTrainedConfig):
+                loaded._commit_hash = commit
+            return loaded
+
+        monkeypatch.setattr(library, "from_pretrained", load)
+    encoder = load_encoder(replace(t5, weights="someone/t5@v2"))
+    assert [revision for name, revision in asked if name == "someone/t5"] == ["v2", commit, commit]
+    assert encoder.revision == commit
+    assert load_encoder(t5).revision == ""
+
+
 def test_minilm_states_are_semantic():
     """The packaged weights are really loaded: a cat is nearer a kitten than an engine."""
     encoder = load_encoder(MINILM)
@@ -181,13 +236,13 @@ def test_clip_truncation_keeps_the_end_token(clip_text):
     encoder = load_encoder(clip_text)
     caption = " ".join(["dog"] * 40)
     expected = encoder.tokenizer([caption], context_length=clip_text.max_tokens)[0]
-    assert encoder._token_ids([caption]) == [expected.tolist()]
+    assert encoder.tokenize([caption]).ids == [expected.tolist()]
 
 
 def test_clip_images_are_normalised_and_batch_independent(clip_text, monkeypatch):
     """Picture embeddings are unit vectors, in order, one per picture; the null is zero."""
-    monkeypatch.setattr(encoders, "_BATCH_IMAGES", 2)
     encoder = load_encoder(replace(clip_text, family="open_clip_image"))
+    monkeypatch.setattr(encoder, "batch_images", 2)
     pictures = [Image.new("RGB", (8, 8), name) for name in ("red", "green", "blue")]
     together = [sample["pooled"] for sample in encoder.encode(pictures)]
     for picture, pooled in zip(pictures, together):
@@ -196,7 +251,6 @@ def test_clip_images_are_normalised_and_batch_independent(clip_text, monkeypatch
         torch.testing.assert_close(pooled, encoder.encode([picture])[0]["pooled"])
     torch.testing.assert_close(encoder.null(), {"pooled": torch.zeros(16)})
     assert (encoder.kind, encoder.token_width) == ("image", 0)
-    assert encoder.num_tokens(pictures) == [0, 0, 0]
 
 
 def test_an_encoder_is_loaded_once(t5):
@@ -214,10 +268,10 @@ def test_openai_weights_get_the_activation_they_were_trained_with(monkeypatch):
 
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
     for tag, quick_gelu in (("openai", True), ("laion2b_s32b_b82k", False)):
-        encoders._cached_open_clip_model("ViT-L-14", tag, "fp32", "cpu")
+        open_clip_encoders._cached_open_clip_model("ViT-L-14", tag, "fp32", "cpu")
         assert (asked["name"], asked["pretrained"]) == ("ViT-L-14", tag)
         assert asked["force_quick_gelu"] is quick_gelu
-    encoders._cached_open_clip_model.cache_clear()
+    open_clip_encoders._cached_open_clip_model.cache_clear()
 
 
 def test_identity_follows_the_files(tmp_path):
@@ -253,6 +307,8 @@ def test_identity_of_a_package_is_a_digest():
         ("pad", "zeros"),
         ("compute_dtype", "fp16"),
         ("storage_dtype", "fp16"),
+        ("layer", "first"),
+        ("too_long", "skip"),
         ("weights", ""),
         ("model", "ViT-L-14"),
         ("max_tokens", 1),

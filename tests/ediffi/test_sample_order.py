@@ -1,8 +1,10 @@
 """The order of samples is a permutation per epoch and a pure function of the index."""
 
 import random
+import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from ediffi.sample_order import SampleOrder
@@ -110,3 +112,49 @@ def test_negative_index_is_refused():
     """There is no sample before the first."""
     with pytest.raises(IndexError, match="at least 0, got -1"):
         SampleOrder([3], seed=0)[-1]
+
+
+def test_order_of_a_billion_samples_is_cheap():
+    """100,000 shards of 10,000 samples: made, and sought anywhere, in well under half a second."""
+    started_s = time.perf_counter()
+    order = SampleOrder(np.full(100_000, 10_000), seed=1)
+    made_s = time.perf_counter()
+    samples = {order[position] for position in (0, 123_456_789, 999_999_999, 10**15)}
+    sought_s = time.perf_counter()
+    assert len(samples) == 4
+    assert made_s - started_s < 0.5
+    assert (sought_s - made_s) / 4 < 0.5
+
+
+@pytest.mark.parametrize("window_shards", [2, 8, 32])
+def test_shuffling_of_sorted_data_is_as_the_docstring_says(window_shards):
+    """One class a shard, the worst there is: run lengths and neighbours against a perfect shuffle.
+
+    Of neighbours 1/w share their shard where a perfect shuffle has 1/64, a run of one class is
+    w / (w - 1) long, a batch sees at most 2 w classes, and which sample follows which is otherwise
+    as uncorrelated as in a perfect shuffle.
+    """
+    order = SampleOrder([200] * 64, seed=4, window_shards=window_shards)
+    samples = np.array(epoch(order, 0))
+    classes = samples // 200
+    same = float(np.mean(classes[1:] == classes[:-1]))
+    assert same == pytest.approx(1 / window_shards, rel=0.1)
+    assert len(classes) / (1 + np.sum(classes[1:] != classes[:-1])) == pytest.approx(
+        window_shards / (window_shards - 1), rel=0.05
+    )
+    batches = classes.reshape(-1, 128)
+    assert max(len(set(batch)) for batch in batches.tolist()) <= 2 * window_shards
+    within = samples % 200  # position inside the shard: must tell nothing about the next one's
+    assert abs(np.corrcoef(within[1:], within[:-1])[0, 1]) < 0.03
+    distance = 200 * window_shards
+    assert abs(np.corrcoef(samples[distance:], samples[:-distance])[0, 1]) < 0.6
+
+
+def test_shuffling_of_mixed_data_equals_a_perfect_shuffle():
+    """Classes that were mixed when shards were cut: neighbours and batches as by pure chance."""
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 10, 64 * 200)
+    shown = classes[epoch(SampleOrder([200] * 64, seed=4), 0)]
+    assert np.mean(shown[1:] == shown[:-1]) == pytest.approx(0.1, abs=0.01)
+    counts = np.stack([np.bincount(batch, minlength=10) for batch in shown.reshape(-1, 128)])
+    assert counts.var(axis=0).mean() == pytest.approx(128 * 0.1 * 0.9, rel=0.15)

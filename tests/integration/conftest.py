@@ -62,10 +62,22 @@ class Project:
         return json.loads(output)
 
     @staticmethod
-    def manifest(result: Json, stage: str) -> Json:
-        """The manifest of one stage of a result."""
-        row = next(row for row in result["stages"] if row["name"] == stage)
-        return json.loads((Path(row["path"]) / "manifest.json").read_text())
+    def folder(result: Json, stage: str) -> Path:
+        """The folder of one stage of a result."""
+        return Path(next(row["path"] for row in result["stages"] if row["name"] == stage))
+
+    @classmethod
+    def manifest(cls, result: Json, stage: str) -> Json:
+        """The manifest of one stage of a result, with its units' receipts."""
+        folder = cls.folder(result, stage)
+        units = [
+            json.loads(line)["unit"]
+            for line in (folder / "receipts.jsonl").read_text().split("\n")[:-1]
+        ]
+        receipts = [
+            json.loads((folder / "receipts" / f"{unit}.json").read_text()) for unit in units
+        ]
+        return {**json.loads((folder / "manifest.json").read_text()), "receipts": receipts}
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 import ediffi
 from ediffi.ensemble import read_ensemble_info
-from pipelines.execute import read_progress
+from pipelines.durable import read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -185,5 +185,5 @@ def test_a_gang_of_two_learns_what_one_worker_does(project: Any, undisturbed: An
 def losses(result: Any) -> dict[int, float]:
     """Training loss of the base by images seen."""
     row = next(row for row in result["stages"] if row["name"] == "base")
-    rows = read_progress(Path(row["path"]) / "durable" / "base" / "progress.jsonl")
+    rows = read_progress(Path(row["path"]) / "durable" / "base")
     return {row["images"]: row["loss"] for row in rows}

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipelines.cli import main
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
-from tests.pipelines import fake_stages
+from tests.pipelines import fake_stages, in_process
 from tests.pipelines.fake_stages import FakeStage
 
 
@@ -22,6 +24,29 @@ def demo_recipe() -> Recipe:
 def ledger(tmp_path: Path) -> Ledger:
     """The ledger of an empty store."""
     return Ledger.open(tmp_path / "store")
+
+
+@pytest.fixture
+def ediffi(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple]:
+    """Call it with words of a command line to get exit code, stdout and stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main(["--store", str(ledger.store), *words])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs do their units in this process, without Ray; the list gets the units that were done."""
+    done: list[str] = []
+
+    def run(*arguments: Any, **options: Any) -> None:
+        done.extend(in_process.run_recipe(*arguments, **options))
+
+    monkeypatch.setattr("pipelines.workflow.run_recipe", run)
+    return done
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
 """Stages without pictures: small enough to run in every test, on Ray too."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from pipelines.ledger import Ledger, StageRecord
+from pipelines.ledger import Ledger
+from pipelines.location import write_atomically
 from pipelines.planning import PlannedStage, describe
 from pipelines.stage import Json, Manifest, Outcome, Receipt, Unit, Workspace
+from pipelines.stage_record import StageRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,9 @@ class FakeStage:
         setting: the only thing that enters the fingerprint.
         behaviour: by unit, what it does instead: `fails`, `refuses` its input (ValueError),
             `refuses as user` (UserError), `is cut off` (RetryableError), `dies` together with its
-            process; `fails once` and `dies once` go well at the second attempt.
+            process; `fails once` and `dies once` go well at the second attempt;
+            `reads first` looks at the manifest of the stage `first`.
+        keys: by unit, what decides its bytes.
     """
 
     name: str
@@ -27,6 +32,7 @@ class FakeStage:
     units: tuple[str, ...] = ("a",)
     setting: Json = 0
     behaviour: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
     version: ClassVar[int] = 1
     gang: ClassVar[bool] = False
 
@@ -34,12 +40,14 @@ class FakeStage:
         return {"setting": self.setting}
 
     def plan(self, inputs: Mapping[str, Manifest]) -> list[Unit]:
-        return [Unit(id=unit) for unit in self.units]
+        return [Unit(id=unit, key=self.keys.get(unit, "")) for unit in self.units]
 
     def run(self, unit: Unit, workspace: Workspace) -> Outcome:
         with (workspace.durable / "attempts").open("a") as stream:
             stream.write(f"{os.getpid()}\n")
         self._misbehave(unit.id, is_first=workspace.attempt == 1)
+        if self.behaviour.get(unit.id) == "reads first":
+            _ = workspace.inputs["first"].receipts
         for images in (1, 2):
             workspace.report({"images": images, "loss": 1 / images})
         (workspace.scratch / f"{unit.id}.txt").write_text(f"{self.name}/{unit.id}")
@@ -80,36 +88,34 @@ def receipt(unit: str = "a", **values: Json) -> Receipt:
 
 
 def manifest(directory: Path, *receipts: Receipt, stage: str = "ingest") -> Manifest:
-    """A finished stage with these receipts; writes nothing."""
-    return Manifest(
-        stage=stage,
-        fingerprint=directory.name,
-        directory=directory,
-        identity={},
-        inputs={},
-        receipts=receipts,
-        run_id="run-1",
-        created="2026-01-01T00:00:00.000+00:00",
-    )
+    """A finished stage with these receipts, written to `directory`."""
+    record = StageRecord(directory)
+    for one in receipts:
+        path = directory / "receipts" / f"{one.unit}.json"
+        write_atomically(path, json.dumps(one.to_json()))
+    units = [one.unit for one in receipts]
+    return record.complete(stage, {}, {}, {}, units, "run-1")
 
 
 def finish(planned: PlannedStage, units: Mapping[str, Mapping[str, str]] | None = None) -> None:
     """Complete a planned stage as if it had run; `units` maps units to files and their text."""
-    scratch = planned.record.directory / "scratch"
+    record = planned.record
+    scratch = record.directory / "scratch"
+    store = record.directory.parents[planned.name.count("/") + 1]
+    contents = {
+        name: Manifest.load(store / name / address).contents
+        for name, address in planned.inputs.items()
+    }
+    identity = describe(planned.stage, planned.inputs)
+    record.open(identity, contents)
     for unit, files in (units or {}).items():
         for name, text in files.items():
             path = scratch / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         outcome = Outcome(files=list(files), num_in=1, num_out=1)
-        planned.record.publish(Unit(id=unit), outcome, scratch, seconds=1.0, attempt=1)
-    planned.record.complete(
-        planned.name,
-        describe(planned.stage, planned.inputs),
-        planned.inputs,
-        [Unit(id=unit) for unit in units or ()],
-        "run-1",
-    )
+        record.publish(Unit(id=unit), outcome, scratch, seconds=1.0, attempt=1)
+    record.complete(planned.name, identity, planned.inputs, contents, list(units or ()), "run-1")
 
 
 def finish_all(planned: Sequence[PlannedStage]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines import cli, commands
 from pipelines.cli import COMMANDS, build_parser, main, parse
+from pipelines.command_options import CACHE_ACTIONS, recipe_options
 from pipelines.errors import RetryableError, StageFailed, UserError
 
 
@@ -37,14 +38,14 @@ def test_exit_code_and_message_tell_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Every known way to fail is one line on stderr, none on stdout, and its own code."""
-    monkeypatch.setitem(COMMANDS, "plan", (raising(error), "help", cli._recipe_options))
+    monkeypatch.setitem(COMMANDS, "plan", (raising(error), "help", recipe_options))
     assert main(["plan", "demo"]) == code
     assert capsys.readouterr() == ("", message)
 
 
 def test_an_unknown_error_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug of ours keeps its traceback."""
-    monkeypatch.setitem(COMMANDS, "plan", (raising(KeyError("x")), "", cli._recipe_options))
+    monkeypatch.setitem(COMMANDS, "plan", (raising(KeyError("x")), "", recipe_options))
     with pytest.raises(KeyError):
         main(["plan", "demo"])
 
@@ -57,11 +58,11 @@ def test_a_bad_recipe_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not store.exists()
 
 
-def test_a_store_that_is_no_directory_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """Commands that only look refuse an object store as a run does."""
+def test_a_store_of_an_unknown_kind_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands that only look refuse it as a run does."""
     for words in (["plan", "demo"], ["status"], ["cache", "ls"], ["run", "demo"]):
-        assert main(["--store", "s3://bucket/x", *words]) == 2
-        assert "mount the bucket" in capsys.readouterr().err
+        assert main(["--store", "gopherr://bucket/x", *words]) == 2
+        assert "must be a directory or a URL such as s3://" in capsys.readouterr().err
 
 
 def test_status_without_runs_ends_with_2(
@@ -77,6 +78,7 @@ def test_status_without_runs_ends_with_2(
     [
         (["plann", "demo"], "did you mean 'plan'?"),
         (["--store", "x", "stauts"], "did you mean 'status'?"),
+        (["cache", "repiar"], "did you mean 'repair'?"),
         (["zzz"], "'doctor')\n"),  # nothing is like it: the list of commands must do
     ],
 )
@@ -111,17 +113,33 @@ def test_the_store_may_stand_before_or_after_the_command() -> None:
 def test_commands_of_the_command_line() -> None:
     """The surface that scripts depend on: a new or a lost command is a decision."""
     assert list(COMMANDS) == [
-        *("demo", "plan", "run", "status", "sample", "compare", "cache", "encoders", "doctor")
+        *("demo", "plan", "run", "embed", "status", "sample", "compare", "cache", "encoders"),
+        "doctor",
     ]
+    assert list(CACHE_ACTIONS) == ["ls", "verify", "repair", "retry", "gc", "diff"]
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     """--help works for each and says what it does."""
-    for name, (_, help_text, _) in COMMANDS.items():
+    commands = {(name,): help_text for name, (_, help_text, _) in COMMANDS.items()}
+    actions = {("cache", name): help_text for name, (_, help_text, _) in CACHE_ACTIONS.items()}
+    for words, help_text in {**commands, **actions}.items():
         with pytest.raises(SystemExit) as caught:
-            main([name, "--help"])
+            main([*words, "--help"])
         assert caught.value.code == 0
         assert help_text.split(";")[0] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "demo", "--probe", "-5"], ["cache", "diff", "a", "b", "--samples", "x"]]
+)
+def test_a_number_of_things_is_a_whole_number(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Anything else is refused with the option's name."""
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "must be a whole number such as 200" in capsys.readouterr().err
 
 
 def test_doctor_tells_programs_what_it_found(
@@ -141,6 +159,26 @@ def test_doctor_tells_programs_what_it_found(
     findings.pop()
     assert main(["doctor", "demo", "--store", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("ok   python")
+
+
+def test_doctor_looks_at_the_bucket_itself(
+    monkeypatch: pytest.MonkeyPatch, s3_store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An object store is written to; disk space is asked of where work in flight lies."""
+    from cluster.doctor import Finding, Needs
+
+    seen: list[Needs] = []
+
+    def examine(needs: Needs) -> list[Finding]:
+        seen.append(needs)
+        return [Finding(name="store", ok=False, found="not asked for", remedy="none")]
+
+    monkeypatch.setattr("cluster.doctor.examine", examine)
+    assert main(["doctor", "--store", s3_store]) == 0
+    assert f"{s3_store} can be written" in capsys.readouterr().out
+    assert seen[0].store_path.is_dir()
+    assert main(["doctor", "--store", "s3://absent-bucket/x", "--json"]) == 1
+    assert "absent-bucket" in capsys.readouterr().out
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
@@ -167,8 +205,10 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_stages_may_follow_options() -> None:
-    """Stages after an option are stages; anything else unknown is still refused."""
+def test_lists_may_follow_options() -> None:
+    """Stages or shards after an option are what they are; anything else unknown is refused."""
+    assert parse(["embed", "--encoder", "a=b:c", "x/*.tar"]).shards == ["x/*.tar"]
+    assert parse(["embed", "x/*.tar", "--encoder", "a=b:c"]).shards == ["x/*.tar"]
     options = parse(["run", "demo", "--set", "seed=1", "ingest", "embed"])
     assert options.stages == ["ingest", "embed"]
     assert options.overrides == ["seed=1"]

@@ -8,26 +8,14 @@ from unittest.mock import Mock
 
 import pytest
 
-from pipelines.cli import main
 from pipelines.errors import StageFailed
 from pipelines.ledger import Ledger
-from pipelines.planning import PlannedStage, plan
+from pipelines.planning import PlannedStage, describe, plan
 from pipelines.recipe import Recipe
 from pipelines.stage import Outcome, Unit
 from tests.pipelines.fake_stages import FakeStage, finish, write_run
 
 FIGURES = {"ensemble/text_alignment": 0.9, "base/text_alignment": 0.5, "base/loss": 0.25}
-
-
-@pytest.fixture
-def ediffi(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple]:
-    """Call it with words of a command line to get exit code, stdout and stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = main(["--store", str(ledger.store), *words])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture
@@ -44,9 +32,13 @@ def planned(
     finish(planned["ingest"], {"a": {"a.tar": "aaaa"}, "b": {"b.tar": "bb"}})
     finish(planned["embed/t5"])
     evaluate = planned["evaluate"]
+    record, inputs = evaluate.record, evaluate.inputs
+    identity = describe(evaluate.stage, inputs)
+    contents = {"ingest": planned["ingest"].record.manifest().contents}
+    record.open(identity, contents)
     outcome = Outcome(facts={"metrics": FIGURES})
-    evaluate.record.publish(Unit(id="report"), outcome, ledger.store, seconds=1, attempt=1)
-    evaluate.record.complete("evaluate", {}, {}, [Unit(id="report")], "run-1")
+    record.publish(Unit(id="report"), outcome, ledger.new_scratch(), seconds=1, attempt=1)
+    record.complete("evaluate", identity, inputs, contents, ["report"], "run-1")
     return planned
 
 
@@ -63,32 +55,6 @@ def rows(*planned: PlannedStage, state: str = "ran") -> list[dict[str, Any]]:
         }
         for one in planned
     ]
-
-
-def test_plan_tells_programs_every_stage(
-    ediffi: Callable[..., tuple], use_stages: Callable[..., None], planned: Any
-) -> None:
-    """One JSON object on stdout and nothing else."""
-    use_stages(FakeStage(name="ingest"), FakeStage(name="new", setting=3))
-    code, out, err = ediffi("plan", "demo", "--json")
-    document = json.loads(out)
-    assert (code, err, document["recipe"]) == (0, "", "demo")
-    hit, miss = document["stages"]
-    assert (hit["name"], hit["hit"], hit["reasons"]) == ("ingest", True, [])
-    assert (miss["name"], miss["hit"], miss["reasons"]) == ("new", False, ["never run"])
-    assert hit["path"] == str(planned["ingest"].record.directory)
-    assert Path(miss["path"]).name == miss["fingerprint"]
-
-
-def test_plan_tells_people_why(
-    ediffi: Callable[..., tuple], use_stages: Callable[..., None], planned: Any
-) -> None:
-    """A line a stage: hit, or miss with the field that changed."""
-    use_stages(FakeStage(name="ingest", setting=7))
-    _, out, _ = ediffi("plan", "demo")
-    name, verdict, _, *reason = out.split()
-    assert (name, verdict) == ("ingest", "miss")
-    assert " ".join(reason) == "config.setting: 0 -> 7"
 
 
 def test_run_tells_programs_where_everything_lies(
@@ -185,51 +151,6 @@ def test_compare_shows_what_differs_and_what_came_of_it(
     assert table["lr"] == ["1", "2"]
     assert table["base/loss"] == ["0.2500", "None"]
     assert "px" not in table
-
-
-def test_cache_lists_what_the_store_holds(ediffi: Callable[..., tuple], planned: Any) -> None:
-    """A line a stage with its counts; a name chooses; --json gives an object a line."""
-    code, out, _ = ediffi("cache", "ls", "--json")
-    listed = {row["stage"]: row for row in map(json.loads, out.splitlines())}
-    assert code == 0
-    assert listed.keys() == {"ingest", "embed/t5", "evaluate"}
-    ingest = listed["ingest"]
-    assert (ingest["units"], ingest["samples"], ingest["bytes"]) == (2, 2, 6)
-    assert ingest["run_id"] == "run-1"
-    _, out, _ = ediffi("cache", "ls", "embed/t5")
-    assert out.startswith("embed/t5")
-    assert len(out.splitlines()) == 1
-
-
-def test_an_empty_cache_says_so_aside(ediffi: Callable[..., tuple], ledger: Ledger) -> None:
-    """Nothing on stdout, a word on stderr, no error."""
-    assert ediffi("cache", "ls") == (0, "", f"nothing under {ledger.store}\n")
-
-
-def test_cache_verify_finds_a_flipped_byte(
-    ediffi: Callable[..., tuple], planned: dict[str, PlannedStage]
-) -> None:
-    """A store that is whole passes; one changed byte is found, its file named, and the code 1."""
-    assert ediffi("cache", "verify")[0] == 0
-    path = planned["ingest"].record.directory / "a.tar"
-    path.write_text("aaba")
-    code, out, _ = ediffi("cache", "verify")
-    assert code == 1
-    (problem,) = [line for line in out.splitlines() if line.startswith("  ")]
-    assert problem.startswith(f"  {path}: sha256 is ")
-    assert "the receipt says 61be55a8e2f6b4e1" in problem  # sha256 of "aaaa"
-    assert ediffi("cache", "ls")[0] == 0  # listing reads no bytes
-
-
-def test_cache_verify_finds_a_missing_file(
-    ediffi: Callable[..., tuple], planned: dict[str, PlannedStage]
-) -> None:
-    """A file that vanished is as bad as one that changed."""
-    path = planned["ingest"].record.directory / "b.tar"
-    path.unlink()
-    code, out, _ = ediffi("cache", "verify", "ingest", "--json")
-    assert code == 1
-    assert json.loads(out)["broken"] == [f"{path}: missing"]
 
 
 def test_sample_refuses_what_is_no_ensemble(ediffi: Callable[..., tuple], tmp_path: Path) -> None:

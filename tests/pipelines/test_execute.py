@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipelines.execute import Task, execute, read_progress
+from pipelines.durable import read_progress
+from pipelines.execute import Task, execute
 from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import Recipe
@@ -33,7 +35,7 @@ def task_of(
 
 def task(ledger: Ledger, planned: PlannedStage, attempt: int) -> Task:
     return Task(
-        store=ledger.store,
+        store=str(ledger.store),
         stage=planned.stage,
         fingerprint=planned.fingerprint,
         inputs=planned.inputs,
@@ -43,7 +45,7 @@ def task(ledger: Ledger, planned: PlannedStage, attempt: int) -> Task:
 
 
 def scratches(task: Task) -> list[Path]:
-    return list((task.store / ".scratch").glob("*"))
+    return list((Path(task.store) / ".scratch").glob("*"))
 
 
 def test_a_unit_is_published_and_its_scratch_is_gone(task_of: Callable[..., Task]) -> None:
@@ -69,7 +71,7 @@ def test_a_failed_unit_leaves_no_receipt_and_no_scratch(task_of: Callable[..., T
     broken = task_of(FakeStage(name="first", behaviour={"a": "fails once"}))
     with pytest.raises(RuntimeError, match="a is unlucky"):
         execute(broken)
-    assert broken.record.receipt(broken.unit) is None
+    assert broken.record.receipt(broken.unit.id) is None
     assert scratches(broken) == []
     again = task_of(FakeStage(name="first"), attempt=2)
     assert again.record == broken.record
@@ -82,22 +84,22 @@ def test_only_rank_0_publishes_and_keeps_progress(task_of: Callable[..., Task]) 
     one = task_of(FakeStage(name="first"))
     told: list[Mapping[str, float]] = []
     assert execute(one, rank=1, world_size=2, tell=told.append) is None
-    assert one.record.receipt(one.unit) is None
-    assert not one.progress_path.exists()
+    assert one.record.receipt(one.unit.id) is None
+    assert read_progress(one.durable_path) == []
     assert scratches(one) == []
     assert execute(one, rank=0, world_size=2, tell=told.append) is not None
     rows = [{"images": 1, "loss": 1.0}, {"images": 2, "loss": 0.5}]
     assert told == rows * 2
-    assert read_progress(one.progress_path) == rows
+    assert read_progress(one.durable_path) == rows
 
 
 def test_a_unit_sees_the_manifests_of_what_its_stage_needs(task_of: Callable[..., Task]) -> None:
     """Inputs are found by address; one that is not finished is an error, never an empty input."""
     one = task_of(FakeStage(name="first"), FakeStage(name="second", needs=("first",)))
-    (ledger_of_first,) = Ledger(one.store).manifests("first")
+    (ledger_of_first,) = Ledger.at(one.store).manifests("first")
     (ledger_of_first.directory / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError):
-        execute(one)
+        execute(replace(one, stage=FakeStage(name="second", behaviour={"a": "reads first"})))
 
 
 def write(path: Path, *rows: Mapping[str, float]) -> None:
@@ -108,7 +110,7 @@ def test_rows_that_a_resumed_attempt_has_overtaken_are_dropped(tmp_path: Path) -
     """An attempt that resumes at an earlier checkpoint repeats rows: the newer ones count."""
     path = tmp_path / "progress.jsonl"
     write(path, *({"images": images, "try": 1} for images in (1, 2, 3, 4)), {"images": 3, "try": 2})
-    assert read_progress(path) == [
+    assert read_progress(tmp_path) == [
         {"images": 1, "try": 1},
         {"images": 2, "try": 1},
         {"images": 3, "try": 2},
@@ -120,25 +122,26 @@ def test_a_torn_last_row_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     write(path, {"images": 1}, {"images": 2})
     path.write_text(path.read_text()[:-3])
-    assert read_progress(path) == [{"images": 1}]
+    assert read_progress(tmp_path) == [{"images": 1}]
 
 
 def test_a_torn_row_does_not_swallow_the_next(task_of: Callable[..., Task]) -> None:
     """The attempt after a kill begins on a line of its own."""
     one = task_of(FakeStage(name="first"))
-    one.progress_path.parent.mkdir(parents=True)
-    one.progress_path.write_text('\n{"images": 1, "loss": 3.0}\n{"images": 2, "lo')
+    path = Path(str(one.durable_path)) / "progress.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('\n{"images": 1, "loss": 3.0}\n{"images": 2, "lo')
     execute(one)
-    assert [row["loss"] for row in read_progress(one.progress_path)] == [1.0, 0.5]
+    assert [row["loss"] for row in read_progress(one.durable_path)] == [1.0, 0.5]
 
 
 def test_rows_without_images_are_all_kept(tmp_path: Path) -> None:
     """Only the count of images says that a row was overtaken."""
     path = tmp_path / "progress.jsonl"
     write(path, {"loss": 1.0}, {"loss": 2.0}, {"images": 5}, {"loss": 3.0})
-    assert len(read_progress(path)) == 4
+    assert len(read_progress(tmp_path)) == 4
 
 
 def test_a_unit_that_reported_nothing_has_no_rows(tmp_path: Path) -> None:
     """No file is no progress."""
-    assert read_progress(tmp_path / "progress.jsonl") == []
+    assert read_progress(tmp_path) == []

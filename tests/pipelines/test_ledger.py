@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger, StageRecord, write_atomically
+from pipelines.ledger import Ledger
+from pipelines.location import write_atomically
 from pipelines.stage import File, Manifest, Outcome, Receipt, Unit
+from pipelines.stage_record import StageRecord
 from tests.pipelines.fake_stages import write_run
 
 UNIT = Unit(id="train-00000")
@@ -49,7 +52,7 @@ def test_a_receipt_says_what_was_published(ledger: Ledger) -> None:
     """Files move into the store and the receipt, read back, holds digests and counts."""
     record = ledger.stage("ingest", "f0")
     receipt = publish(ledger, record)
-    assert record.receipt(UNIT) == receipt
+    assert record.receipt(UNIT.id) == receipt
     assert published(record) == {"a.txt", "deep/b.txt", "receipts/train-00000.json"}
     assert [(file.path, file.num_bytes) for file in receipt.files] == [
         ("a.txt", 1),
@@ -67,22 +70,64 @@ def test_a_manifest_says_what_a_stage_is(ledger: Ledger) -> None:
     units = [Unit(id="b"), Unit(id="a")]
     for unit in units:
         publish(ledger, record, unit)
-    manifest = record.complete("ingest", {"version": 1}, {"x": "f1"}, units, "run-1")
+    ids = [unit.id for unit in units]
+    manifest = record.complete("ingest", {"version": 1}, {"x": "f1"}, {"x": "c1"}, ids, "run-1")
     assert record.is_complete
     assert Manifest.load(record.directory) == record.manifest() == manifest
     assert [receipt.unit for receipt in manifest.receipts] == ["b", "a"]
-    assert manifest.num_rejects == {"image_missing": 2}
+    totals = manifest.totals
+    assert (totals.num_units, totals.num_in, totals.num_out, totals.num_bytes) == (2, 6, 4, 12)
+    assert totals.rejects == {"image_missing": 2}
     assert manifest.seconds == pytest.approx(2.47)
-    assert manifest.path(manifest.receipts[0].files[0]) == record.directory / "a.txt"
-    assert manifest.path(manifest.receipts[0].files[2]) == Path("/elsewhere/c.tar")
+    assert manifest.receipt("b").attempt == 2
+    files = manifest.receipt("b").files
+    assert manifest.path(files[0]) == manifest.local_path(files[0]) == record.directory / "a.txt"
+    assert manifest.path(files[2]) == Path("/elsewhere/c.tar")
+
+
+def test_equal_work_gives_an_equal_manifest(tmp_path: Path) -> None:
+    """Seconds, attempts, hosts, run ids and dates stay out of the manifest and its receipts."""
+    texts = []
+    for name, run_id in (("one", "run-1"), ("two", "run-2")):
+        ledger = Ledger.open(tmp_path / name)
+        record = ledger.stage("ingest", "f0")
+        publish(ledger, record)
+        record.complete("ingest", {}, {}, {}, [UNIT.id], run_id)
+        names = ("manifest.json", "receipts.jsonl")
+        texts.append([(record.directory / name).read_bytes() for name in names])
+    assert texts[0] == texts[1]
+
+
+def test_timings_are_summed_and_fractions_averaged(ledger: Ledger) -> None:
+    """Over units; the manifest stays free of them."""
+    record = ledger.stage("embed/t5", "f0")
+    for unit, waste in (("a", 0.1), ("b", 0.3)):
+        timings = {"encode_s": 2.0, "num_retries": 1.0, "padding_waste_fraction": waste}
+        outcome = Outcome(timings=timings)
+        record.publish(Unit(id=unit), outcome, ledger.store, seconds=1, attempt=1)
+    manifest = record.complete("embed/t5", {}, {}, {}, ["a", "b"], "run-1")
+    assert manifest.timings == {
+        "encode_s": 4.0,
+        "num_retries": 2.0,
+        "padding_waste_fraction": 0.2,
+    }
+    assert "timings" not in (record.directory / "manifest.json").read_text()
+
+
+def test_a_manifest_of_another_format_is_refused(ledger: Ledger) -> None:
+    """A store of another version is named, not misread."""
+    record = ledger.stage("ingest", "f0")
+    write_atomically(record.directory / "manifest.json", '{"format": 1}')
+    with pytest.raises(ValueError, match="format must be 2, found 1: made by another version"):
+        record.manifest()
 
 
 def test_no_manifest_while_a_unit_lacks_its_receipt(ledger: Ledger) -> None:
     """A stage is complete only with all its units."""
     record = ledger.stage("ingest", "f0")
     publish(ledger, record)
-    with pytest.raises(AssertionError, match="a unit has no receipt"):
-        record.complete("ingest", {}, {}, [UNIT, Unit(id="other")], "run-1")
+    with pytest.raises(AssertionError, match="unit other has no receipt"):
+        record.complete("ingest", {}, {}, {}, [UNIT.id, "other"], "run-1")
     assert not record.is_complete
 
 
@@ -108,11 +153,11 @@ def test_a_unit_killed_midway_is_not_done_and_can_be_redone(
         die_at(patch, step)
         with pytest.raises(Killed):
             publish(ledger, record)
-    assert record.receipt(UNIT) is None
-    assert record.num_receipts == 0
+    assert record.receipt(UNIT.id) is None
+    assert record.done_units() == set()
     publish(ledger, record)
     assert published(record) == {"a.txt", "deep/b.txt", "receipts/train-00000.json"}
-    assert record.num_receipts == 1
+    assert record.done_units() == {UNIT.id}
 
 
 def test_a_stage_killed_before_its_manifest_is_unfinished(
@@ -124,10 +169,10 @@ def test_a_stage_killed_before_its_manifest_is_unfinished(
     with monkeypatch.context() as patch:
         die_at(patch, 0)
         with pytest.raises(Killed):
-            record.complete("ingest", {}, {}, [UNIT], "run-1")
+            record.complete("ingest", {}, {}, {}, [UNIT.id], "run-1")
     assert not record.is_complete
-    assert list(ledger.manifests()) == []
-    assert record.complete("ingest", {}, {}, [UNIT], "run-1").run_id == "run-1"
+    assert ledger.manifests() == []
+    assert record.complete("ingest", {}, {}, {}, [UNIT.id], "run-1").run_id == "run-1"
 
 
 def test_readers_see_the_old_text_or_the_new(
@@ -148,18 +193,65 @@ def test_readers_see_the_old_text_or_the_new(
 def test_the_identity_is_noted_once(ledger: Ledger) -> None:
     """What a fingerprint stands for is written before any work and then left alone."""
     record = ledger.stage("ingest", "f0")
-    record.open({"version": 1})
-    record.open({"version": 2})
-    assert json.loads((record.directory / "identity.json").read_text()) == {"version": 1}
+    assert not record.open({"version": 1}, {})
+    assert record.open({"version": 2}, {})
+    identity = json.loads((record.directory / "identity.json").read_text())["identity"]
+    assert identity == {"version": 1}
     assert not record.is_complete
+
+
+def test_other_contents_of_an_input_undo_a_stage(ledger: Ledger) -> None:
+    """The manifest and unfinished work go; receipts stay, for their keys to be judged by."""
+    record = ledger.stage("embed/t5", "f0")
+    record.open({}, {"ingest": "c1"})
+    publish(ledger, record)
+    (record.directory / "durable" / UNIT.id).mkdir(parents=True)
+    record.complete("embed/t5", {}, {}, {"ingest": "c1"}, [UNIT.id], "run-1")
+    assert record.open({}, {"ingest": "c1"})
+    assert record.is_complete
+    assert not record.open({}, {"ingest": "c2"})
+    assert not record.is_complete
+    assert not (record.directory / "durable").exists()
+    assert record.done_units() == {UNIT.id}
+
+
+def test_a_unit_is_taken_over_from_an_earlier_fingerprint(ledger: Ledger) -> None:
+    """The files are linked, adopted ones named again; deleting the donor leaves them whole."""
+    donor, record = ledger.stage("ingest", "f0"), ledger.stage("ingest", "f1")
+    receipt = publish(ledger, donor)
+    taken = record.take_over(receipt, donor)
+    assert taken.taken_from == "f0"
+    assert taken.proof() == receipt.proof()
+    assert published(record) == published(donor)
+    assert (record.directory / "a.txt").samefile(donor.directory / "a.txt")
+    shutil.rmtree(donor.directory)
+    assert (record.directory / "deep" / "b.txt").read_text() == "bb"
+    assert record.receipt(UNIT.id) == taken
+
+
+def test_publishing_again_takes_the_old_receipt_back_first(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit that dies while it is redone is not done, and its stage is not complete."""
+    record = ledger.stage("ingest", "f0")
+    publish(ledger, record)
+    record.complete("ingest", {}, {}, {}, [UNIT.id], "run-1")
+    with monkeypatch.context() as patch:
+        die_at(patch, 1)
+        with pytest.raises(Killed):
+            publish(ledger, record)
+    assert not record.is_complete
+    assert record.receipt(UNIT.id) is None
 
 
 def test_manifests_come_newest_first_and_by_name(ledger: Ledger) -> None:
     """Stages of a kind with two-part names are found too."""
     for age, (name, address) in enumerate([("embed/t5", "f2"), ("ingest", "f1"), ("ingest", "f0")]):
         record = ledger.stage(name, address)
-        record.complete(name, {}, {}, [], "run-1")
-        os.utime(record.directory / "manifest.json", (1000 - age, 1000 - age))
+        record.open({}, {})
+        record.complete(name, {}, {}, {}, [], "run-1")
+        made = record.directory / "made.json"
+        made.write_text(json.dumps({**json.loads(made.read_text()), "created": f"{9 - age}"}))
     assert [one.fingerprint for one in ledger.manifests()] == ["f2", "f1", "f0"]
     assert [one.fingerprint for one in ledger.manifests("ingest")] == ["f1", "f0"]
     assert [one.stage for one in ledger.manifests("embed/t5")] == ["embed/t5"]
@@ -184,12 +276,12 @@ def test_a_store_without_runs_says_so(ledger: Ledger) -> None:
         ledger.run("x")
 
 
-def test_a_store_must_be_a_directory(tmp_path: Path) -> None:
-    """An object store is refused with a remedy; a place that cannot be made, with the reason."""
-    with pytest.raises(UserError, match="got 's3://bucket/store'; mount the bucket"):
-        Ledger.open("s3://bucket/store")
+def test_a_store_must_be_a_place_to_write(tmp_path: Path) -> None:
+    """An unknown scheme is named; a place that cannot be made, with the reason."""
+    with pytest.raises(UserError, match="got 'nowhere://bucket/store'"):
+        Ledger.open("nowhere://bucket/store")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot create .*/file/store: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot create or write .*/file/store: Not a directory"):
         Ledger.open(tmp_path / "file" / "store")
 
 
@@ -208,3 +300,30 @@ def test_scratch_directories_never_meet(ledger: Ledger) -> None:
     ledger.discard_scratch(first)
     ledger.discard_scratch(first)  # a second time does no harm
     assert [path.exists() for path in (first, second)] == [False, True]
+
+
+def test_an_object_store_holds_a_stage(s3_store: str) -> None:
+    """Over real HTTP: publish, read back, take over, forget, find, redo."""
+    ledger = Ledger.open(s3_store)
+    donor, record = ledger.stage("ingest", "f0"), ledger.stage("ingest", "f1")
+    for one in (donor, record):
+        one.open({}, {})
+    receipt = publish(ledger, donor)
+    assert donor.receipt(UNIT.id) == receipt
+    assert donor.complete("ingest", {}, {}, {}, [UNIT.id], "run-1") == donor.manifest()
+    record.take_over(receipt, donor)
+    assert record.done_units() == {UNIT.id}
+    assert (record.directory / "deep" / "b.txt").read_text() == "bb"
+    manifest = record.complete("ingest", {}, {}, {}, [UNIT.id], "run-2")
+    assert manifest.location(receipt.files[0]) == f"{s3_store}/ingest/f1/a.txt"
+    assert [one.fingerprint for one in ledger.manifests("ingest")] == ["f1", "f0"]
+    record.forget(UNIT.id)
+    assert not record.is_complete
+    assert record.receipt(UNIT.id) is None
+    assert [one.stage for one in ledger.manifests()] == ["ingest"]
+
+
+def test_a_bucket_that_is_not_there_is_named(s3_server: str) -> None:
+    """The error says what was to be written where."""
+    with pytest.raises(UserError, match="cannot create or write s3://no-such-bucket/x: "):
+        Ledger.open("s3://no-such-bucket/x")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.recipe_file import load_recipe
+from pipelines.recipe import CacheRecipe
+from pipelines.recipe_file import load_any_recipe, load_recipe, resolved_recipe
 
 DEMO = (resources.files("pipelines") / "recipes" / "demo.yaml").read_text()
 
@@ -129,3 +130,36 @@ def test_a_bad_override_is_quoted(override: str, answer: str) -> None:
     """An override that cannot be applied is shown as it was typed, with the reason."""
     with pytest.raises(UserError, match=answer):
         load_recipe("demo", [override])
+
+
+CACHES = """
+name: caches
+data: {source: shards, train: /data/*.tar}
+encoders: {t5: {family: transformers, weights: google/t5-v1_1-xxl}}
+"""
+
+
+def test_a_recipe_may_end_with_its_caches(tmp_path: Path) -> None:
+    """Without any section on training it is one of data and encoders; with one it is whole."""
+    path = tmp_path / "caches.yaml"
+    path.write_text(CACHES)
+    recipe = load_any_recipe(str(path), ["encoders.t5.max_tokens=113"])
+    assert type(recipe) is CacheRecipe
+    assert recipe.encoders["t5"].max_tokens == 113
+    assert load_any_recipe("demo") == load_recipe("demo")
+    path.write_text(CACHES + "base: {}\n")
+    with pytest.raises(UserError, match="network: required, but absent"):
+        load_any_recipe(str(path))
+    path.write_text(CACHES + "encoder: {}\n")
+    with pytest.raises(UserError, match="encoder: unknown field; did you mean 'encoders'"):
+        load_any_recipe(str(path))
+
+
+def test_what_a_run_has_kept_is_read_back(tmp_path: Path) -> None:
+    """Whole recipes and recipes of caches alike."""
+    path = tmp_path / "caches.yaml"
+    path.write_text(CACHES)
+    for recipe in (load_recipe("demo"), load_any_recipe(str(path))):
+        again = resolved_recipe(recipe.model_dump(mode="json"))
+        assert type(again) is type(recipe)
+        assert again == recipe

@@ -1,7 +1,7 @@
 """Tests of pipelines.runner, pool and execute on a real Ray, with stages that misbehave."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import Mock, call, create_autospec
 
@@ -14,7 +14,9 @@ from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.progress import Progress
 from pipelines.recipe import Recipe, Resources
-from pipelines.runner import Runner, StageState, root_message
+from pipelines.runner import Runner, root_message
+from pipelines.stage import Outcome, Receipt, Unit, Workspace
+from pipelines.stage_state import StageState
 from pipelines.tracking import Tracker
 from tests.pipelines.fake_stages import FakeStage, attempts, finish
 
@@ -56,9 +58,9 @@ def drive(
         error = caught
     said = [said.args[0] for said in progress.say.call_args_list]
     tried = {
-        f"{name}/{unit.id}": attempts(state.planned.record, unit.id)
+        f"{name}/{unit}": attempts(state.planned.record, unit)
         for name, state in one.states.items()
-        for unit in state.units
+        for unit in state.planned.stage.units
     }
     return Told(states=one.states, tracker=tracker, said=said, attempts=tried, error=error)
 
@@ -116,8 +118,7 @@ def test_every_stage_ends(story: dict[str, Told]) -> None:
 def test_a_unit_that_fails_once_is_tried_again(story: dict[str, Told]) -> None:
     """Its receipt says which attempt succeeded; its sibling was tried once."""
     told, record = story["first"], story["first"].states["lucky"].planned.record
-    receipts = {receipt.unit: receipt.attempt for receipt in record.manifest().receipts}
-    assert receipts == {"a": 1, "b": 2, "c": 2}
+    assert [record.manifest().receipt(unit).attempt for unit in "abc"] == [1, 2, 2]
     assert len(told.attempts["lucky/a"]) == 1
     assert "lucky/b: attempt 1 of 2 failed: RuntimeError: b is unlucky" in told.said
 
@@ -195,7 +196,7 @@ def test_the_same_command_goes_on_where_the_run_ended(story: dict[str, Told]) ->
         "last": "ran",
         "aside": "cached",
     }
-    assert told.states["broken"].num_reused == 1
+    assert told.states["broken"].num_kept == 1
     assert len(told.attempts["broken/y"]) == 1
     assert len(told.attempts["broken/x"]) == 3
 
@@ -204,7 +205,7 @@ def test_a_run_that_finds_everything_does_nothing(story: dict[str, Told]) -> Non
     """No unit is planned, no process asked; every stage is told as cached."""
     told = story["third"]
     assert set(told.ends.values()) == {"cached"}
-    assert all(not state.units for state in told.states.values())
+    assert all(not state.num_units for state in told.states.values())
     assert len(told.tracker.stage_cached.call_args_list) == 6
     assert not told.tracker.stage_started.called
 
@@ -242,8 +243,8 @@ def test_a_stage_may_judge_its_receipts(demo_recipe: Recipe, ledger: Ledger) -> 
     """All units are done, but a stage that finds too many rejects fails without a manifest."""
 
     class Judge(FakeStage):
-        def check(self, receipts: list) -> None:
-            raise StageFailed(f"{len(receipts)} is too few")
+        def check(self, receipts: Iterable[Receipt]) -> None:
+            raise StageFailed(f"{len(list(receipts))} is too few")
 
     told = drive(demo_recipe, ledger, {"judge": TWICE}, Judge(name="judge"))
     assert told.ends == {"judge": "failed"}
@@ -299,3 +300,75 @@ def test_stages_leave_no_scratch_behind(story: dict[str, Told]) -> None:
     """But for the process that died midway, whose directory the next run's start clears."""
     store: Path = story["first"].states["lucky"].planned.record.directory.parents[1]
     assert len(list((store / ".scratch").iterdir())) == 1
+
+
+def shards(**keys: str) -> FakeStage:
+    """A stage of content-addressed units; its fingerprint changes with any key."""
+    return FakeStage(name="shards", units=tuple(keys), setting=dict(keys), keys=keys)
+
+
+def test_only_the_unit_whose_key_changed_is_done_again(demo_recipe: Recipe, ledger: Ledger) -> None:
+    """The others are taken over from the earlier fingerprint, and the reason is said."""
+    before = drive(demo_recipe, ledger, {}, shards(a="rows:1", b="rows:2", c="rows:3"))
+    told = drive(demo_recipe, ledger, {}, shards(a="rows:1", b="rows:9", c="rows:3", d="rows:4"))
+    state, record = told.states["shards"], told.states["shards"].planned.record
+    assert record != before.states["shards"].planned.record
+    assert (state.num_taken_over, state.reasons) == (2, {"b": "rows changed"})
+    assert {unit: len(told.attempts[f"shards/{unit}"]) for unit in "abcd"} == {
+        **{"a": 0, "b": 1, "c": 0, "d": 1}
+    }
+    assert "shards/b: done again: rows changed" in told.said
+    assert [record.manifest().receipt(unit).reason for unit in "abcd"] == [
+        "",
+        "rows changed",
+        "",
+        "",
+    ]
+
+
+def test_what_depends_on_an_input_that_was_redone_is_done_again(
+    demo_recipe: Recipe, ledger: Ledger
+) -> None:
+    """Same fingerprints, other contents: keyed units are judged one by one, the others all go."""
+
+    def graph(rows: str) -> list[FakeStage]:
+        keys = {"a": f"rows:{rows}", "b": "rows:2"}
+        embed = FakeStage(name="embed", needs=("ingest",), units=("a", "b"), keys=keys)
+        return [FakeStage(name="ingest"), embed, FakeStage(name="base", needs=("embed",))]
+
+    first = drive(demo_recipe, ledger, {}, *graph("1"))
+    ingest = first.states["ingest"].planned.record
+    path = ingest.directory / "receipts.jsonl"
+    path.write_text(path.read_text().replace('"num_out":1', '"num_out":2'))
+    retried = ingest.receipt("a")
+    assert retried is not None
+    ingest.forget("a")
+    outcome = Outcome(num_in=2, num_out=2)
+    ingest.publish(Unit(id="a", key=retried.key), outcome, ledger.store, seconds=0, attempt=1)
+    told = drive(demo_recipe, ledger, {}, *graph("9"))
+    assert told.ends == {"ingest": "ran", "embed": "ran", "base": "ran"}
+    tries = {name: len(pids) for name, pids in told.attempts.items()}
+    assert tries == {"ingest/a": 1, "embed/a": 1, "embed/b": 0, "base/a": 1}
+    assert told.states["embed"].num_kept == 1
+    assert "base/a: done again: inputs changed" in told.said
+
+
+def test_a_stage_may_have_units_done_again_once_it_sees_all(
+    demo_recipe: Recipe, ledger: Ledger
+) -> None:
+    """Amendments replace receipts before the manifest is written, and are asked for only once."""
+
+    class Amended(FakeStage):
+        def amend(self, receipts: Iterable[Receipt], directory: Path) -> list[Unit]:
+            odd = [receipt.unit for receipt in receipts if receipt.key == "rows:odd"]
+            return [Unit(id=unit, key="rows:even") for unit in odd]
+
+        def run(self, unit: Unit, workspace: Workspace) -> Outcome:
+            return replace(super().run(unit, workspace), facts={"key": unit.key})
+
+    stage = Amended(name="amended", units=("a", "b"), keys={"a": "rows:even", "b": "rows:odd"})
+    told = drive(demo_recipe, ledger, {}, stage)
+    assert told.ends == {"amended": "ran"}
+    facts = [receipt.facts for receipt in told.states["amended"].planned.record.manifest().receipts]
+    assert facts == [{"key": "rows:even"}] * 2
+    assert drive(demo_recipe, ledger, {}, stage).ends == {"amended": "cached"}

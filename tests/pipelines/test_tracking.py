@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import Recipe
-from pipelines.stage import Manifest
+from pipelines.stage import File, Manifest
 from pipelines.tracking import Tracker, default_uri, draw_curves, without_password
 from tests.pipelines.fake_stages import FakeStage, manifest, receipt
 
@@ -68,6 +68,7 @@ def finished(one: PlannedStage) -> Manifest:
     Image.new("RGB", (8, 8), "red").save(picture)
     facts = {"metrics": {"final_loss": 0.125}, "artifacts": ["grid.png"]}
     counts = {"num_in": 5, "num_out": 3, "rejects": {"image_truncated": ["x", "y"]}}
+    counts["files"] = (File(path="grid.png", sha256="", num_bytes=0),)
     return manifest(
         one.record.directory, receipt("low", facts=facts, **counts), receipt("high"), stage=one.name
     )
@@ -148,6 +149,7 @@ def test_a_stage_shows_its_counts_and_figures(database: Database) -> None:
         "units": 2,
         "samples_in": 5,
         "samples_out": 3,
+        "bytes": 0,
         "seconds": 3.0,
         "rejects/image_truncated": 2,
         "low/final_loss": 0.125,

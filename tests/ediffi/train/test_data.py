@@ -39,6 +39,9 @@ class Samples:
         streams = {"t5": {"tokens": tokens}, "clip": {"pooled": torch.ones(3)}}
         return Sample(key=str(sample_index), caption="", image=image, streams=streams)
 
+    def __getitems__(self, sample_indices: list[int]) -> list[Sample]:
+        return [self[index] for index in sample_indices]
+
 
 class Order:
     """Every sample in turn."""

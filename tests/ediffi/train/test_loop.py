@@ -25,7 +25,7 @@ from ediffi.conditioning import StreamConfig
 from ediffi.loss import denoising_loss
 from ediffi.noise import NoiseInterval, SigmaDistribution, tree_node
 from ediffi.preconditioning import Preconditioning
-from ediffi.shards import ShardRef, ShardWriter, encode_tensors
+from ediffi.shards import ShardFile, ShardRef, ShardWriter, encode_tensors
 from ediffi.snapshot import load_snapshot
 from ediffi.train import loop
 from ediffi.train.config import TrainConfig
@@ -77,7 +77,12 @@ def write_shards(directory: Path) -> tuple[ShardRef, ...]:
         if not image_path.exists():
             write_shard(image_path, paths, seed=number)
         refs.append(
-            ShardRef(name=name, image_path=image_path, embedding_paths=paths, num_samples=12)
+            ShardRef(
+                name=name,
+                images=ShardFile(image_path),
+                embeddings={stream: ShardFile(path) for stream, path in paths.items()},
+                num_samples=12,
+            )
         )
     return tuple(refs)
 

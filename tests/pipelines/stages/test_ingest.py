@@ -1,4 +1,4 @@
-"""Tests of pipelines.stages.ingest and its parts, the real img2dataset over a local web server."""
+"""Tests of pipelines.stages.ingest, the real img2dataset over a local web server."""
 
 import hashlib
 import io
@@ -7,73 +7,36 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ediffi.shards import JoinedShards, ShardRef, ShardWriter, read_shard
+from ediffi.tar_index import INDEX_SUFFIX, read_index
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.recipe import HeldOut, PictureFolder, ReadyShards, UrlList
-from pipelines.stage import Outcome, Receipt, Unit, Workspace
-from pipelines.stages.fetch import classify, local_path, resolve_address
-from pipelines.stages.ingest import AdoptShards, IngestFolder, IngestUrls
-from pipelines.stages.rejects import Rejection
-
-NOBODY = HeldOut(fraction=0.0)
-
-
-def picture(seed: int, size: tuple[int, int] = (24, 16), kind: str = "png") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format=kind)
-    return stream.getvalue()
-
-
-def write_pictures(folder: Path, num: int) -> None:
-    folder.mkdir(exist_ok=True)
-    for index in range(num):
-        (folder / f"{index}.png").write_bytes(picture(index))
-
-
-def write_list(path: Path, rows: Mapping[str, Sequence[Any]]) -> Path:
-    pq.write_table(pa.table(rows), path)
-    return path
-
-
-def run(stage: Any, unit: Unit, scratch: Path) -> Outcome:
-    scratch.mkdir(parents=True)
-    return stage.run(unit, Workspace(scratch=scratch, durable=scratch, inputs={}))
-
-
-def receipt(outcome: Outcome) -> Receipt:
-    counts = {name: getattr(outcome, name) for name in ("num_in", "num_out", "rejects", "facts")}
-    return Receipt(unit="u", files=(), seconds=0.0, attempt=1, host="here", **counts)
-
-
-def samples(scratch: Path, outcome: Outcome) -> dict[str, dict[str, bytes]]:
-    return dict(read_shard(scratch / outcome.files[0]))
-
-
-def folder_stage(tmp_path: Path, rows: Mapping[str, Sequence[Any]], **config: Any) -> IngestFolder:
-    (tmp_path / "pictures").mkdir(exist_ok=True)
-    defaults = {"held_out": NOBODY, "image_px": 8, "shard_images": 100}
-    return IngestFolder(
-        config=PictureFolder(
-            source="folder",
-            folder=tmp_path / "pictures",
-            list=write_list(tmp_path / "list.parquet", rows),
-            **{**defaults, **config},
-        ),
-        seed=0,
-    )
+from pipelines.fingerprint import file_sha256
+from pipelines.location import Location, location
+from pipelines.recipe import PictureFolder, ReadyShards, Recipe, UrlList
+from pipelines.stage import File, Outcome, Receipt, Unit, Workspace
+from pipelines.stages import fetch as fetching
+from pipelines.stages.adopt import AdoptShards
+from pipelines.stages.earlier_shard import EarlierShard
+from pipelines.stages.ingest import IngestFolder, IngestUrls, ingest_stage
+from tests.pipelines.stages.ingest_inputs import (
+    NOBODY,
+    folder_stage,
+    picture,
+    plan,
+    receipt,
+    run,
+    samples,
+    write_list,
+    write_pictures,
+)
 
 
 @pytest.fixture
@@ -98,6 +61,30 @@ def dead_address() -> Iterator[str]:
         yield f"http://127.0.0.1:{unheard.getsockname()[1]}/x.png"
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "PAUSE_S", 0.01)
+
+
+def url_stage(tmp_path: Path, rows: dict[str, Sequence[Any]], **config: Any) -> IngestUrls:
+    defaults = {"held_out": NOBODY, "image_px": 8, "allow_addresses": ("127.0.0.1",)}
+    place = write_list(tmp_path / "list.parquet", rows)
+    settings = UrlList(source="urls", list=place, **{**defaults, **config})
+    return IngestUrls(config=settings, seed=0)
+
+
+def published(unit: Unit, outcome: Outcome, scratch: Path) -> Receipt:
+    """The receipt of a unit whose scratch is the stage's folder, digests and all."""
+    files = [
+        File(path=name, sha256=file_sha256(scratch / name), num_bytes=0) for name in outcome.files
+    ]
+    return receipt(unit, outcome, files)
+
+
+def contents(scratch: Path, outcome: Outcome) -> dict[str, bytes]:
+    return {name: (scratch / name).read_bytes() for name in outcome.files}
+
+
 # -- addresses -------------------------------------------------------------------------------------
 
 
@@ -112,6 +99,8 @@ def test_every_row_is_written_or_rejected_for_one_reason(
         "b c.jpg": picture(2, kind="jpeg"),
         "cut.jpg": picture(3, (200, 200), "jpeg")[:2000],
         "noise.png": b"this is no picture",
+        "bomb.png": picture(4, (300, 300)),
+        "large.png": picture(5) + bytes(400 * 1024),
     }.items():
         (served / name).write_bytes(data)
     rows = [  # key, address, caption, what becomes of it
@@ -128,21 +117,17 @@ def test_every_row_is_written_or_rejected_for_one_reason(
         ("k9", "", "no address", "address_empty"),
         ("", "a.png", "no key", "key_invalid"),
         ("k.1", server + "a.png?x=1", "whole address", "written"),
+        ("m0", "bomb.png", "too many pixels", "image_bomb"),
+        ("m1", "large.png", "too many bytes", "image_too_large"),
+        ("m2", "a.png", "x" * 1_000_000, "caption_too_long"),
+        ("m3", "http://169.254.169.254/latest", "metadata", "address_refused"),
+        ("m4", "file:///etc/passwd", "a file", "address_refused"),
     ]
     keys, addresses, captions, fates = zip(*rows)
     columns = {"url": addresses, "caption": captions, "id": keys, "score": [0.5] * len(rows)}
-    stage = IngestUrls(
-        config=UrlList(
-            source="urls",
-            list=write_list(tmp_path / "list.parquet", columns),
-            address_prefix=server,
-            key_column="id",
-            held_out=NOBODY,
-            image_px=8,
-        ),
-        seed=0,
-    )
-    (unit,) = stage.plan({})
+    limits = {"max_pixels": 50_000, "max_picture_mib": 0.35}
+    stage = url_stage(tmp_path, columns, address_prefix=server, key_column="id", **limits)
+    (unit,) = plan(stage)
     outcome = run(stage, unit, tmp_path / "first")
 
     expected: dict[str, list[str]] = {}
@@ -168,85 +153,143 @@ def test_every_row_is_written_or_rejected_for_one_reason(
     }
 
     again = run(stage, unit, tmp_path / "second")
-    first, second = (
-        (tmp_path / name / "train-00000.tar").read_bytes() for name in ("first", "second")
+    assert again.facts == outcome.facts
+    assert contents(tmp_path / "second", again) == contents(tmp_path / "first", outcome)
+
+
+def test_files_of_a_unit(tmp_path: Path) -> None:
+    """A unit leaves its tar, the tar's index, and a report if something was rejected."""
+    write_pictures(tmp_path / "pictures", 1)
+    stage = folder_stage(tmp_path, {"path": ["0.png", "no.png"], "caption": ["c", "c"]})
+    outcome = run(stage, plan(stage)[0], tmp_path / "scratch")
+    assert outcome.files == (
+        "train-00000.tar",
+        f"train-00000{INDEX_SUFFIX}",
+        "rejects/train-00000.jsonl",
     )
-    assert again == outcome
-    assert first == second
+    tar_path, index_path, report_path = (tmp_path / "scratch" / name for name in outcome.files)
+    index = read_index(
+        index_path.read_bytes(),
+        "x",
+        tar_bytes=tar_path.stat().st_size,
+        sha256=file_sha256(tar_path),
+    )
+    assert index.keys == ["000000000"]
+    line = json.loads(report_path.read_text())
+    assert (line["key"], line["reason"]) == ("000000001", "file_missing")
+    assert line["source"] == {"list": stage.config.list, "row": 1, "address": "no.png"}
 
 
 def test_an_outage_is_not_blamed_on_the_list(tmp_path: Path, dead_address: str) -> None:
     """A unit that reaches nothing at all is to be tried again, not recorded as rejects."""
-    rows = {"url": [dead_address] * 10, "caption": ["c"] * 10}
-    stage = IngestUrls(
-        config=UrlList(
-            source="urls",
-            list=write_list(tmp_path / "list.parquet", rows),
-            held_out=NOBODY,
-            image_px=8,
-        ),
-        seed=0,
-    )
+    stage = url_stage(tmp_path, {"url": [dead_address] * 10, "caption": ["c"] * 10})
     with pytest.raises(RetryableError, match=r"none of 10 addresses .*refused"):
-        run(stage, stage.plan({})[0], tmp_path / "scratch")
+        run(stage, plan(stage)[0], tmp_path / "scratch")
 
 
-def test_a_failing_downloader_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When img2dataset's process ends badly, the error has its exit code and last words."""
-    (tmp_path / "0.png").write_bytes(picture(0))
-    stage = IngestUrls(
-        config=UrlList(
-            source="urls",
-            list=write_list(tmp_path / "list.parquet", {"url": ["0.png"], "caption": ["c"]}),
-            held_out=NOBODY,
-            image_px=8,
-        ),
-        seed=0,
+def test_bad_allowed_addresses_are_told_before_any_work(tmp_path: Path) -> None:
+    """An entry that is no network and no host is the user's error, named with its field."""
+    stage = url_stage(tmp_path, {"url": ["x"], "caption": ["c"]}, allow_addresses=("http://h",))
+    with pytest.raises(UserError, match=r"data\.allow_addresses: .*'http://h'"):
+        stage.plan({})
+
+
+# -- a retry of what failed ------------------------------------------------------------------------
+
+
+def retry_case(tmp_path: Path, server: str, dead_address: str) -> tuple[IngestUrls, Unit, Receipt]:
+    """A unit with samples and every sort of reject, published in `tmp_path/before`."""
+    write_pictures(tmp_path / "served", 2)
+    rows = {
+        "url": ["0.png", dead_address, "no.png", "1.png", "0.png", "1.png"],
+        "caption": ["a", "b", "c", " ", "e", "f"],
+        "id": ["k0", "k1", "k2", "k3", "k0", "k5"],
+    }
+    stage = url_stage(tmp_path, rows, address_prefix=server, key_column="id")
+    (unit,) = plan(stage)
+    outcome = run(stage, unit, tmp_path / "before")
+    assert outcome.rejects == {
+        "caption_empty": ["k3"],
+        "dead_host": ["k1"],
+        "duplicate_key": ["k0"],
+        "http_404": ["k2"],
+    }
+    return stage, unit, published(unit, outcome, tmp_path / "before")
+
+
+def test_a_retry_asks_only_for_what_may_have_passed(
+    tmp_path: Path, server: str, dead_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples and final rejects are kept without a question; if the rest fails again, no byte is
+    another."""
+    stage, unit, before = retry_case(tmp_path, server, dead_address)
+    asked: list[str] = []
+    real = fetching._run_round
+    monkeypatch.setattr(
+        fetching, "_run_round", lambda urls, *rest: (asked.extend(urls.values()), real(urls, *rest))
     )
-    monkeypatch.setattr("pipelines.stages.fetch.os.getpid", lambda: 1)
-    with pytest.raises(RetryableError, match=r"exit code 1; it said:\nparent process 1 is gone"):
-        run(stage, stage.plan({})[0], tmp_path / "scratch")
+    place = {"previous": before, "directory": tmp_path / "before"}
+    outcome = run(stage, unit, tmp_path / "after", **place)
+    assert asked == [dead_address]
+    assert outcome.rejects == before.rejects
+    assert outcome.facts == before.facts
+    assert contents(tmp_path / "after", outcome) == contents(tmp_path / "before", outcome)
 
 
-@pytest.mark.parametrize(
-    ("message", "reason"),
-    [
-        ("HTTP Error 503: Service Unavailable", "http_503"),
-        ("<urlopen error timed out>", "timeout"),
-        ("The read operation timed out", "timeout"),
-        ("<urlopen error [Errno -2] Name or service not known>", "dead_host"),
-        ("Use of image disallowed by X-Robots-Tag directive", "robots_disallowed"),
-        ("Remote end closed connection without response", "download_failed"),
-    ],
-)
-def test_download_errors_have_reasons(message: str, reason: str) -> None:
-    """The words of a failed download become a countable reason, and are kept."""
-    assert classify(message) == Rejection(reason=reason, message=message)
+def test_a_retry_gives_what_a_fresh_ingest_would(tmp_path: Path, server: str) -> None:
+    """A picture that can be had by now is put in its place, byte for byte as if from scratch."""
+    write_pictures(tmp_path / "served", 3)
+    rows = {"url": ["0.png", "1.png", "no.png", "2.png"], "caption": list("abcd")}
+    shut = url_stage(tmp_path, rows, address_prefix=server, allow_addresses=())
+    stage = url_stage(tmp_path, rows, address_prefix=server)
+    (unit,) = plan(stage)
+    assert plan(shut) == [unit]  # which addresses are allowed is not part of the result
+    before = run(shut, unit, tmp_path / "before")
+    assert before.rejects == {"address_refused": [f"{index:09d}" for index in range(4)]}
+    previous = published(unit, before, tmp_path / "before")
+    place = {"previous": previous, "directory": tmp_path / "before"}
+    after = run(stage, unit, tmp_path / "after", **place)
+    fresh = run(stage, unit, tmp_path / "fresh")
+    assert after.rejects == {"http_404": ["000000002"]}
+    assert after.facts == fresh.facts
+    assert contents(tmp_path / "after", after) == contents(tmp_path / "fresh", fresh)
 
 
-def test_addresses_are_resolved_and_quoted(tmp_path: Path) -> None:
-    """An address with a scheme stays, one without goes behind the prefix or beside the list."""
-    (tmp_path / "a b.png").touch()
-    assert resolve_address("http://h/ä%20b?x=1", "http://p/", tmp_path) == "http://h/%C3%A4%20b?x=1"
-    assert resolve_address("a b.png", "http://p/", tmp_path) == "http://p/a%20b.png"
-    assert resolve_address("a b.png", "", tmp_path) == (tmp_path / "a b.png").resolve().as_uri()
+def test_an_earlier_shard_that_does_not_fit_settles_nothing(
+    tmp_path: Path, server: str, dead_address: str, s3_store: str
+) -> None:
+    """With other rows, a damaged tar or without its report, it is as if there were none."""
+    _, unit, before = retry_case(tmp_path, server, dead_address)
+
+    def settles(unit: Unit, directory: Location = tmp_path / "before") -> bool:
+        place = {"previous": before, "directory": directory}
+        workspace = Workspace(scratch=tmp_path, durable=tmp_path, inputs={}, **place)
+        with EarlierShard.of(unit, workspace) as earlier:
+            settled = [earlier.has_settled(key) for key in ("k0", "k2", "k5")]
+            assert not earlier.has_settled("k1")
+        assert len(set(settled)) == 1
+        return settled[0]
+
+    assert settles(unit)
+    assert not settles(Unit(id=unit.id, arguments=unit.arguments, key="another"))
+    for name in ("train-00000.tar", "rejects/train-00000.jsonl"):
+        path = tmp_path / "before" / name
+        data = path.read_bytes()
+        path.write_bytes(data + b"x")
+        assert not settles(unit)
+        path.unlink()
+        assert not settles(unit)
+        path.write_bytes(data)
+    assert settles(unit)
+
+    remote = location(s3_store)
+    assert not settles(unit, remote)
+    for file in before.files:
+        (remote / file.path).write_bytes((tmp_path / "before" / file.path).read_bytes())
+    assert settles(unit, remote)
 
 
-# -- folders and lists -----------------------------------------------------------------------------
-
-
-def test_paths_stay_inside_the_folder(tmp_path: Path) -> None:
-    """Parent directories, absolute paths and links that lead out are refused, an inner link not."""
-    folder = tmp_path / "pictures"
-    write_pictures(folder, 1)
-    (tmp_path / "secret.png").touch()
-    (folder / "out.png").symlink_to(tmp_path / "secret.png")
-    (folder / "in.png").symlink_to(folder / "0.png")
-    for unsafe in ("../secret.png", str(tmp_path / "secret.png"), "out.png", "x/../0.png"):
-        result = local_path(folder, unsafe)
-        assert isinstance(result, Rejection), unsafe
-        assert result.reason == "path_unsafe"
-    assert local_path(folder, "in.png") == (folder / "0.png").resolve()
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def test_folder_rows_are_written_or_rejected(tmp_path: Path) -> None:
@@ -256,259 +299,133 @@ def test_folder_rows_are_written_or_rejected(tmp_path: Path) -> None:
         tmp_path,
         {"path": ["0.png", "../x.png", "no.png", "2.png"], "caption": ["a", "b", "c", "d"]},
     )
-    outcome = run(stage, stage.plan({})[0], tmp_path / "scratch")
+    outcome = run(stage, plan(stage)[0], tmp_path / "scratch")
     assert outcome.rejects == {"file_missing": ["000000002"], "path_unsafe": ["000000001"]}
     assert list(samples(tmp_path / "scratch", outcome)) == ["000000000", "000000003"]
 
 
-def test_units_are_consecutive_rows_of_one_split(tmp_path: Path) -> None:
-    """Holding out by column keeps the order of the list and cuts each split into full shards."""
-    write_pictures(tmp_path / "pictures", 7)
-    stage = folder_stage(
-        tmp_path,
-        {
-            "path": [f"{index}.png" for index in range(7)],
-            "caption": ["c"] * 7,
-            "part": ["a", "b", "a", "a", "b", "a", "a"],
-        },
-        held_out=HeldOut(column="part", value="b"),
-        shard_images=2,
-    )
-    keys = {
-        unit.id: list(samples(tmp_path / unit.id, run(stage, unit, tmp_path / unit.id)))
-        for unit in stage.plan({})
-    }
-    assert keys == {
-        "train-00000": ["000000000", "000000002"],
-        "train-00001": ["000000003", "000000005"],
-        "train-00002": ["000000006"],
-        "held-out-00000": ["000000001", "000000004"],
-    }
-
-
-def test_held_out_fraction_belongs_to_the_key(tmp_path: Path) -> None:
-    """The held-out set is about the fraction, differs by seed, and ignores the list's order."""
-    keys = [f"k{index}" for index in range(1000)]
-
-    def held_out(order: Sequence[str], seed: int) -> set[str]:
-        rows = {"path": ["x"] * len(order), "caption": ["c"] * len(order), "id": list(order)}
-        config = folder_stage(tmp_path, rows, key_column="id", held_out=HeldOut(fraction=0.2))
-        source = IngestFolder(config=config.config, seed=seed).source
-        units = [unit for unit in source.units(300) if unit.arguments["split"] == "held_out"]
-        return {row.key for unit in units for row in source.rows(unit)}
-
-    chosen = held_out(keys, seed=0)
-    assert 150 < len(chosen) < 250
-    assert held_out(keys[::-1], seed=0) == chosen
-    assert held_out(keys, seed=1) != chosen
-
-
-def test_first_of_equal_keys_wins_across_shards(tmp_path: Path) -> None:
-    """A later row with a key of an earlier shard is rejected where it stands."""
-    write_pictures(tmp_path / "pictures", 3)
-    stage = folder_stage(
-        tmp_path,
-        {"path": ["0.png", "1.png", "2.png"], "caption": ["a", "b", "c"], "id": [7, 8, 7]},
-        key_column="id",
-        shard_images=2,
-    )
-    first, second = stage.plan({})
-    assert run(stage, first, tmp_path / "first").rejects == {}
-    assert run(stage, second, tmp_path / "second").rejects == {"duplicate_key": ["7"]}
-
-
-def test_csv_cells_are_the_text_that_stands_there(tmp_path: Path) -> None:
-    """Leading zeros of keys, numeric captions and line breaks inside quotes survive a CSV."""
+def test_a_caption_changes_the_digest_of_captions_alone(tmp_path: Path) -> None:
+    """Image encoders need not look at a shard again when a caption changes."""
     write_pictures(tmp_path / "pictures", 2)
-    stage = folder_stage(tmp_path, {"path": [""], "caption": [""]}, key_column="id")
-    path = tmp_path / "list.csv"
-    path.write_text('id,path,caption\n007,0.png,1\n008,1.png,"two\nlines"\n', encoding="utf-8-sig")
-    config = stage.config.model_copy(update={"list": path})
-    stage = IngestFolder(config=config, seed=0)
-    outcome = run(stage, stage.plan({})[0], tmp_path / "scratch")
-    captions = {
-        key: members["txt"].decode()
-        for key, members in samples(tmp_path / "scratch", outcome).items()
-    }
-    assert captions == {"007": "1", "008": "two\nlines"}
+    digests = []
+    for name, caption in (("first", "b"), ("second", "other")):
+        stage = folder_stage(tmp_path, {"path": ["0.png", "1.png"], "caption": ["a", caption]})
+        digests.append(run(stage, plan(stage)[0], tmp_path / name).facts["digests"])
+    first, second = digests
+    assert first["captions"] != second["captions"]
+    assert first["pictures"] == second["pictures"]
 
 
-def test_a_unit_reads_only_its_row_groups(tmp_path: Path) -> None:
-    """A slice across the row groups of a parquet file gives exactly its own rows."""
-    stage = folder_stage(tmp_path, {"path": ["x"], "caption": ["c"]}, shard_images=5)
-    table = pa.table({"path": ["x"] * 23, "caption": [str(index) for index in range(23)]})
-    pq.write_table(table, stage.config.list, row_group_size=4)
-    captions = [[row.caption for row in stage.source.rows(unit)] for unit in stage.plan({})]
-    expected = [str(index) for index in range(23)]
-    assert captions == [expected[start : start + 5] for start in range(0, 23, 5)]
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_list_and_folder_in_an_object_store(tmp_path: Path, s3_store: str, kind: str) -> None:
+    """Both may be URLs: what they give is what the same files on a disk give."""
+    write_pictures(tmp_path / "pictures", 3)
+    place, here = location(s3_store), tmp_path / f"list.{kind}"
+    for path in (tmp_path / "pictures").iterdir():
+        (place / "pictures" / path.name).write_bytes(path.read_bytes())
+    rows = {"path": ["0.png", "no.png", "2.png"], "caption": ["a", "b", "c"]}
+    local = folder_stage(tmp_path, rows)
+    if kind == "csv":
+        here.write_text("path,caption\n0.png,a\nno.png,b\n2.png,c\n")
+    (place / here.name).write_bytes(here.read_bytes())
+    config = {"folder": f"{s3_store}/pictures", "list": f"{s3_store}/list.{kind}"}
+    stage = IngestFolder(config=local.config.model_copy(update=config), seed=0)
+    (unit,) = plan(stage)
+    outcome = run(stage, unit, tmp_path / "remote")
+    expected = run(local, plan(local)[0], tmp_path / "local")
+    assert outcome.rejects == {"file_missing": ["000000001"]} == expected.rejects
+    tar = "train-00000.tar"
+    assert (tmp_path / "remote" / tar).read_bytes() == (tmp_path / "local" / tar).read_bytes()
+    identity = stage.identity()
+    (place / here.name).write_bytes(here.read_bytes() + b"\n")
+    assert stage.identity() != identity
+
+    absent = {"folder": f"{s3_store}/none", "list": f"{s3_store}/none.csv"}
+    for field, message in (("folder", "no directory"), ("list", "no file")):
+        changed = stage.config.model_copy(update={field: absent[field]})
+        with pytest.raises(UserError, match=rf"data\.{field}: {message} at s3://"):
+            IngestFolder(config=changed, seed=0).plan({})
 
 
-def test_captions_that_are_not_text_are_invalid(tmp_path: Path) -> None:
-    """Numbers, lists and bytes that are not UTF-8 in a caption column are rejected, not crashes."""
-    for column in ([1], [["a", "list"]], [b"\xff\xfe"]):
-        stage = folder_stage(tmp_path, {"path": ["0.png"], "caption": column})
-        (row,) = stage.source.rows(stage.plan({})[0])
-        assert row.rejection is not None
-        assert row.rejection.reason == "caption_invalid"
+def test_relative_addresses_beside_a_remote_list(tmp_path: Path, s3_store: str) -> None:
+    """Addresses without a scheme are objects beside the list when that is one."""
+    place = location(s3_store)
+    (place / "0.png").write_bytes(picture(0))
+    write_list(tmp_path / "list.parquet", {"url": ["0.png", "no.png"], "caption": ["a", "b"]})
+    (place / "list.parquet").write_bytes((tmp_path / "list.parquet").read_bytes())
+    config = UrlList(source="urls", list=f"{s3_store}/list.parquet", held_out=NOBODY, image_px=8)
+    stage = IngestUrls(config=config, seed=0)
+    outcome = run(stage, plan(stage)[0], tmp_path / "scratch")
+    assert outcome.rejects == {"file_missing": ["000000001"]}
+    assert outcome.num_out == 1
 
 
-def test_bad_lists_are_the_users_errors(tmp_path: Path) -> None:
-    """An absent list is planned as absent and then named; so are absent columns and values."""
-    rows = {"path": ["x"], "caption": ["c"]}
-    with pytest.raises(UserError, match=r"caption_column: .*no column 'text'; it has: path, capt"):
-        folder_stage(tmp_path, rows, caption_column="text").plan({})
-    with pytest.raises(UserError, match=r"no row of .* has 'z' in column 'caption'"):
-        folder_stage(tmp_path, rows, held_out=HeldOut(column="caption", value="z")).plan({})
-    stage = folder_stage(tmp_path, rows)
-    stage.config.list.write_bytes(b"PAR1 no parquet")
-    with pytest.raises(UserError, match=r"data\.list: cannot read"):
-        stage.plan({})
-    stage.config.list.unlink()
-    assert stage.identity()["list_sha256"] == "absent"
-    with pytest.raises(UserError, match=f"data.list: no file at {stage.config.list}"):
-        stage.plan({})
+# -- the whole stage -------------------------------------------------------------------------------
 
 
 def test_identity_is_what_changes_bytes(tmp_path: Path) -> None:
-    """Time limits, threads and the place of the server do not make old shards stale."""
+    """Time limits, retries, allowed addresses and the server's place leave old shards valid."""
     path = write_list(tmp_path / "list.parquet", {"url": ["x"], "caption": ["c"]})
     config = UrlList(source="urls", list=path, image_px=8)
 
     def identity(**changed: Any) -> Any:
         return IngestUrls(config=config.model_copy(update=changed), seed=0).identity()
 
-    how = {"address_prefix": "http://h/", "timeout_s": 1, "threads": 1, "max_rejects_fraction": 1.0}
+    how = {
+        "address_prefix": "http://h/", "timeout_s": 1, "threads": 1, "retries": 9,
+        "max_rejects_fraction": 1.0, "allow_addresses": ("10.0.0.0/8",),
+    }  # fmt: skip
     assert identity(**how) == identity()
-    assert identity()["list_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    for changed in ({"image_px": 9}, {"resize": "pad"}, {"shard_images": 2}, {"held_out": NOBODY}):
-        assert identity(**changed) != identity()
+    assert identity()["list_sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    for changed in (
+        {"image_px": 9}, {"resize": "pad"}, {"shard_images": 2}, {"held_out": NOBODY},
+        {"max_pixels": 9}, {"max_picture_mib": 9.0}, {"max_caption_characters": 9},
+    ):  # fmt: skip
+        assert identity(**changed) != identity(), changed
 
 
-# -- ready shards --------------------------------------------------------------------------------
+def test_places_no_longer_depend_on_the_working_directory(
+    demo_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The stage that travels to workers has absolute paths; URLs and absent patterns stay."""
+    monkeypatch.chdir(tmp_path)
 
+    def stage(data: Any) -> Any:
+        return ingest_stage(demo_recipe.model_copy(update={"data": data}))
 
-def ready_stage(tmp_path: Path) -> AdoptShards:
-    return AdoptShards(
-        config=ReadyShards(
-            source="shards",
-            train=str(tmp_path / "train" / "*.tar"),
-            held_out=str(tmp_path / "held_out" / "*.tar"),
-            image_px=8,
-        )
+    urls = stage(UrlList(source="urls", list="a/list.csv", image_px=8))
+    assert urls.config.list == str(tmp_path / "a" / "list.csv")
+    folder = stage(
+        PictureFolder(source="folder", list="s3://b/l.csv", folder="pictures", image_px=8)
     )
-
-
-def write_ready(path: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with ShardWriter(path) as writer:
-        for key, content in members.items():
-            writer.write(key, content)
-
-
-def test_sound_shards_stay_where_they_lie(tmp_path: Path) -> None:
-    """Ready tars are adopted by absolute path and digest under unit names that differ by split."""
-    sound = {"a": {"jpg": picture(0, kind="jpeg"), "txt": b"c"}}
-    for split in ("train", "held_out"):
-        write_ready(tmp_path / split / "00000.tar", sound)
-    stage = ready_stage(tmp_path)
-    train, held_out = stage.plan({})
-    outcome = run(stage, train, tmp_path / "scratch")
-    (file,) = outcome.adopted
-    data = (tmp_path / "train" / "00000.tar").read_bytes()
-    assert file.path == str(tmp_path / "train" / "00000.tar")
-    assert (file.sha256, file.num_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
-    assert outcome.facts["shard"] == "train-00000.tar"
-    assert held_out.id == "held-out-00000"
-    assert list((tmp_path / "scratch").iterdir()) == []
-
-
-def test_unfit_ready_samples_are_left_out_of_a_copy(tmp_path: Path) -> None:
-    """What training could not read is rejected by reason; the copy without it can be trained on."""
-    image = picture(0)
-    write_ready(
-        tmp_path / "train" / "x.tar",
-        {
-            "a": {"png": image, "txt": b"caption"},
-            "b": {"txt": b"no image"},
-            "c": {"png": image},
-            "d": {"png": image[:100], "txt": b"cut"},
-            "e": {"png": image, "json": json.dumps({"caption": "in json"}).encode()},
-            "f": {"png": image, "txt": b"\xff"},
-        },
-    )
-    write_ready(tmp_path / "held_out" / "x.tar", {"a": {"png": image, "txt": b"caption"}})
-    stage = ready_stage(tmp_path)
-    outcome = run(stage, stage.plan({})[0], tmp_path / "scratch")
-    assert outcome.rejects == {
-        "caption_invalid": ["f"],
-        "caption_missing": ["c"],
-        "image_missing": ["b"],
-        "image_truncated": ["d"],
-    }
-    shard = ShardRef(
-        name="x",
-        image_path=tmp_path / "scratch" / outcome.files[0],
-        embedding_paths={},
-        num_samples=outcome.facts["num_samples"],
-    )
-    joined = JoinedShards([shard], image_px=8)
-    assert [joined[index].caption for index in range(len(joined))] == ["caption", "in json"]
-
-
-def test_torn_or_absent_ready_shards_are_the_users_errors(tmp_path: Path) -> None:
-    """A cut tar is named with its field, and a pattern without a match is not an empty split."""
-    stage = ready_stage(tmp_path)
-    with pytest.raises(UserError, match=r"data\.train: no \.tar file matches"):
-        stage.plan({})
-    path = tmp_path / "train" / "x.tar"
-    write_ready(path, {"a": {"png": picture(0), "txt": b"c"}})
-    write_ready(tmp_path / "held_out" / "x.tar", {"a": {"png": picture(0), "txt": b"c"}})
-    unit = stage.plan({})[0]
-    path.write_bytes(path.read_bytes()[:512])
-    with pytest.raises(UserError, match=r"data\.train: .*x\.tar"):
-        run(stage, unit, tmp_path / "scratch")
-
-
-# -- the whole stage -------------------------------------------------------------------------------
+    assert folder.config.list == "s3://b/l.csv"
+    assert folder.config.folder == str(tmp_path / "pictures")
+    shards = stage(ReadyShards(source="shards", train="x/*.tar", image_px=8))
+    assert isinstance(shards, AdoptShards)
+    assert (shards.config.train, shards.config.held_out) == (str(tmp_path / "x" / "*.tar"), "")
 
 
 def test_too_many_rejects_fail_the_stage_with_a_report(tmp_path: Path) -> None:
     """The budget is over all units; the report counts reasons, names keys and says what to do."""
     write_pictures(tmp_path / "pictures", 6)
     names = ["0.png", "1.png", "2.png", "3.png", "no.png", "../5.png"]
-    stage = folder_stage(
-        tmp_path,
-        {"path": names, "caption": ["c"] * 6},
-        shard_images=3,
-        max_rejects_fraction=0.25,
-    )
-    receipts = [receipt(run(stage, unit, tmp_path / unit.id)) for unit in stage.plan({})]
+    rows = {"path": names, "caption": ["c"] * 6}
+    stage = folder_stage(tmp_path, rows, shard_images=3, max_rejects_fraction=0.25)
+    receipts = [receipt(unit, run(stage, unit, tmp_path / unit.id)) for unit in plan(stage)]
     with pytest.raises(StageFailed) as failure:
         stage.check(receipts)
     report = str(failure.value)
     assert "2 of 6 rows were rejected (33.3%), data.max_rejects_fraction allows 25.0%" in report
     assert "file_missing: 1 (000000004); 000000004: no file at" in report
     assert "path_unsafe: 1 (000000005)" in report
-    assert "mend the list, or raise data.max_rejects_fraction" in report
 
     config = stage.config.model_copy(update={"max_rejects_fraction": 0.34})
     IngestFolder(config=config, seed=0).check(receipts)
 
 
-def test_a_stage_without_training_samples_fails(tmp_path: Path) -> None:
-    """Whatever the budget allows, there must be something to train on."""
-    write_pictures(tmp_path / "pictures", 1)
-    rows = {"path": ["0.png", "no.png"], "caption": ["c", "c"], "part": ["h", "t"]}
-    held_out = HeldOut(column="part", value="h")
-    stage = folder_stage(tmp_path, rows, held_out=held_out, max_rejects_fraction=1.0)
-    receipts = [receipt(run(stage, unit, tmp_path / unit.id)) for unit in stage.plan({})]
-    with pytest.raises(StageFailed, match="no training samples: 2 rows, 1 of them rejected"):
-        stage.check(receipts)
-
-
 def test_planning_imports_nothing_heavy() -> None:
     """Importing the stage brings in none of the libraries that only its units need."""
-    heavy = ("torch", "pandas", "pyarrow", "img2dataset", "PIL", "webdataset")
+    heavy = ("torch", "numpy", "pandas", "pyarrow", "img2dataset", "PIL", "webdataset", "fsspec")
     program = (
         "import sys, pipelines.stage, pipelines.errors, importlib.util as u; "
         # the package's __init__ names every stage; this one is loaded by its own path
