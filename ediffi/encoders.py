@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ediffi.clip_text import clip_text_states
 from ediffi.encoded_batch import EncodedBatch, encoded_batch
+from ediffi.encoder_identity import encoder_identity, identity_digest
 from ediffi.encoder_weights import EncoderConfig, weights_identity
 from ediffi.quantization import dequantize
 
@@ -196,14 +197,20 @@ class ImageEncoder(Encoder):
             return encoded_batch({"pooled": pooled_BD}, lengths, self.config.storage_dtype)
 
 
-@functools.lru_cache(maxsize=16)
 def load_encoder(config: EncoderConfig, *, device: str = "cpu") -> Encoder:
     """Load an encoder once per process: long-lived workers ask again for every shard.
+
+    Weights that change on disk are loaded anew.
 
     Raises:
         ValueError: the weights are missing, incomplete or unreachable, or `max_tokens` exceeds
             what the network can read.
     """
+    return _loaded(config, device, identity_digest(encoder_identity(config)))
+
+
+@functools.lru_cache(maxsize=16)
+def _loaded(config: EncoderConfig, device: str, identity: str) -> Encoder:
     from ediffi.open_clip_encoders import OpenClipImageEncoder, OpenClipTextEncoder
     from ediffi.transformers_encoder import TransformersEncoder
 

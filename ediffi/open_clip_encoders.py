@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ediffi.clip_text import clip_text_states
+from ediffi.encoder_identity import encoder_identity
 from ediffi.encoder_weights import (
     HUB_PREFIX,
     EncoderConfig,
@@ -84,9 +85,10 @@ def _open_clip_model(config: EncoderConfig, device: str) -> tuple[Any, Any, str,
     """Network, picture transform, open_clip's name of the model, and the hub's commit."""
     name, revision = _open_clip_name(config)
     pretrained = config.weights if name == config.model else None
+    weights = str(encoder_identity(config)["weights"])
     with explained_loading(config):
         network, preprocess = _cached_open_clip_model(
-            name, pretrained, config.compute_dtype, device
+            name, pretrained, config.compute_dtype, device, weights
         )
     return network, preprocess, name, revision
 
@@ -122,9 +124,12 @@ def _from_hub(config: EncoderConfig) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=8)
 def _cached_open_clip_model(
-    name: str, pretrained: str | None, precision: str, device: str
+    name: str, pretrained: str | None, precision: str, device: str, weights: str
 ) -> tuple[Any, Any]:
-    """Network and picture transform, shared by the text and the image encoder."""
+    """Network and picture transform, shared by the text and the image encoder.
+
+    `weights` is their identity: what lies under the name may change.
+    """
     import open_clip
 
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}

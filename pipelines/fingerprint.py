@@ -41,6 +41,11 @@ def unit_key(settings: Json, **parts: Json) -> str:
     )
 
 
+def settings_digest(settings: Json) -> str:
+    """Settings as they enter many unit keys: hashed once."""
+    return _short(settings)
+
+
 def changed_parts(before: str, after: str) -> list[str]:
     """Which parts of two unit keys differ, in the order of the newer one."""
     old = dict(part.split(":", 1) for part in before.split())

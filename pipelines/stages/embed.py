@@ -7,10 +7,10 @@ lies `encoder.json`, which says what they were made with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from pipelines.fingerprint import unit_key
+from pipelines.fingerprint import settings_digest, unit_key
 from pipelines.recipe import Encoder
 from pipelines.stage import File, Json, Manifest, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.embed_budget import check_receipts
@@ -72,7 +72,7 @@ class Embed:
         from ediffi.encoder_identity import encoder_identity
 
         identity = encoder_identity(encoder_config(self.encoder, inputs))
-        settings = {"version": self.version, "encoder": identity}
+        settings = settings_digest({"version": self.version, "encoder": identity})
         kind = digest_kind(self.encoder)
         yield Unit(id=NULL_UNIT, key=unit_key(settings))
         for receipt in image_shards(inputs["ingest"]):
@@ -82,7 +82,7 @@ class Embed:
                 key=unit_key(settings, **{kind: digest}),
                 arguments={
                     "shard": receipt.facts["shard"],
-                    "file": asdict(shard_file(receipt)),
+                    "file": vars(shard_file(receipt)),
                     "num_samples": receipt.num_out,
                     "digests": {kind: digest},
                 },

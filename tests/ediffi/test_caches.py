@@ -83,7 +83,7 @@ def test_an_unfinished_folder_is_refused(images: Path, t5: Path) -> None:
     """Without a manifest nobody knows whether all shards are there."""
     (t5 / "manifest.json").unlink()
     with pytest.raises(
-        CacheError, match="must be a finished stage, but .*manifest.json is missing"
+        CacheError, match=r"must be a finished stage, but .*manifest\.json is missing"
     ):
         open_caches(images, {"t5": t5})
 
@@ -92,7 +92,7 @@ def test_receipts_that_are_not_the_manifests_are_refused(images: Path, t5: Path)
     """A line lost while copying is noticed."""
     lines = (t5 / "receipts.jsonl").read_text().splitlines(keepends=True)
     (t5 / "receipts.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(CacheError, match="sha256 must be .* as in manifest.json"):
+    with pytest.raises(CacheError, match=r"sha256 must be .* as in manifest\.json"):
         open_caches(images, {"t5": t5})
 
 

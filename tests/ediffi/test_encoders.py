@@ -268,7 +268,7 @@ def test_openai_weights_get_the_activation_they_were_trained_with(monkeypatch):
 
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
     for tag, quick_gelu in (("openai", True), ("laion2b_s32b_b82k", False)):
-        open_clip_encoders._cached_open_clip_model("ViT-L-14", tag, "fp32", "cpu")
+        open_clip_encoders._cached_open_clip_model("ViT-L-14", tag, "fp32", "cpu", tag)
         assert (asked["name"], asked["pretrained"]) == ("ViT-L-14", tag)
         assert asked["force_quick_gelu"] is quick_gelu
     open_clip_encoders._cached_open_clip_model.cache_clear()

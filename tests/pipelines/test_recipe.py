@@ -201,7 +201,7 @@ def test_a_recipe_survives_json() -> None:
 
 
 def test_encoder_section_mirrors_the_library() -> None:
-    """Every field of the library's config can be said, with equal defaults; what is not of the encoder itself is ours."""
+    """Every field of the library's config can be said, with equal defaults; three are ours."""
     ours = {name: field.default for name, field in Encoder.model_fields.items()}
     theirs = {field.name: field.default for field in fields(EncoderConfig)}
     assert ours.keys() - theirs.keys() == {"cache", "dropout", "max_rejects_fraction"}

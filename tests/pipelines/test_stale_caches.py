@@ -86,6 +86,12 @@ class Team:
                     made[name].add(path.stem)
         return {name: units for name, units in made.items() if units}
 
+    def bytes_of(self, stage: str) -> set[bytes]:
+        """Shards of a stage's newest folder."""
+        folders = (self.path / "store" / stage).iterdir()
+        newest = max(folders, key=lambda folder: (folder / "made.json").stat().st_mtime_ns)
+        return {path.read_bytes() for path in newest.glob("*.tar")}
+
     def _receipts(self) -> Iterator[Path]:
         return (self.path / "store").glob("**/receipts/*.json")
 
@@ -161,7 +167,7 @@ def setting(**values: Json) -> Callable[[Team], None]:
     [
         (new_weights, "weights"),
         (new_tokenizer, "tokenizer"),
-        (setting(max_tokens=10), "max_tokens"),
+        (setting(max_tokens=4), "max_tokens"),
         (setting(storage_dtype="fp32"), "storage_dtype"),
         (setting(storage_dtype="int8"), "storage_dtype"),
         (setting(layer="penultimate"), "layer"),
@@ -174,8 +180,10 @@ def test_another_encoder_makes_its_own_cache_again(
     team: Team, change: Callable[[Team], None], field: str
 ) -> None:
     """All of that cache, nothing of the others, and the field is named."""
+    before = team.bytes_of("embed/t5")
     change(team)
     assert team.run() == {"embed/t5": SHARDS | {"null"}}
+    assert team.bytes_of("embed/t5").isdisjoint(before)
     assert any(line.startswith(f"embed/t5: config.{field}: ") for line in team.said)
 
 
