@@ -147,19 +147,23 @@ class Change:
 class Retry:
     """Units of one stage to do again.
 
-    `rejected` have samples that were left out for a reason that may have passed; they are asked
-    for again. Units that have no receipt are done as in any run.
+    `rejected` have samples that were left out. With `only_failed` these samples alone are asked for
+    again, else the whole units. Units that have no receipt are done as in any run.
     """
 
     ledger: Ledger
     found: Found
     recipe: CacheRecipe
     rejected: dict[str, Receipt] = field(default_factory=dict)
+    only_failed: bool = True
 
     def run(self) -> None:
         """Do them. Raises StageFailed, as a run does, if the stage still has too many rejects."""
         from pipelines.workflow import run_recipe
 
+        if not self.only_failed:
+            for unit in self.rejected:
+                self.found.record.forget(unit)  # a unit without a receipt keeps nothing of it
         retry = {self.found.name: frozenset(self.rejected)} if self.rejected else None
         run_recipe(self.recipe, self.ledger, selected=(self.found.name,), retry=retry)
 
@@ -184,7 +188,8 @@ def prepare_retry(
 
     Args:
         name: such as `ingest`, or `embed` for all encoders.
-        only_failed: leave units alone whose rejects cannot have passed by now.
+        only_failed: ask only for samples whose reason may have passed by now; else whole units
+            that rejected anything are done from the beginning.
 
     Raises:
         UserError: the recipe has no such stage, or nothing of it was ever done.
@@ -209,7 +214,15 @@ def prepare_retry(
             for receipt in found.receipts()
             if any(pattern.fullmatch(reason) for reason in receipt.rejects)
         }
-        retries.append(Retry(ledger=ledger, found=found, recipe=recipe, rejected=rejected))
+        retries.append(
+            Retry(
+                ledger=ledger,
+                found=found,
+                recipe=recipe,
+                rejected=rejected,
+                only_failed=only_failed,
+            )
+        )
     return retries
 
 
