@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -226,3 +227,34 @@ def test_going_back_makes_nothing(team: Team) -> None:
     team.run()
     setting(max_tokens=before)(team)
     assert team.run() == {}
+
+
+def test_the_loaders_of_the_documents_read_these_caches(team: Team) -> None:
+    """The webdataset loader of docs/caches.md and the one with ediffi, run as they stand there."""
+    page = (Path(__file__).parents[2] / "docs" / "caches.md").read_text(encoding="utf-8")
+    alone, ours = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (ingest,) = (team.path / "store" / "ingest").iterdir()
+    (t5,) = (team.path / "store" / "embed" / "t5").iterdir()
+    places = {"store/ingest/1a2b": str(ingest), "store/embed/t5/3c4d": str(t5)}
+    for name, place in places.items():
+        alone, ours = alone.replace(name, place), ours.replace(name, place)
+    names: dict[str, Json] = {}
+    exec(alone.replace("00099", "00003"), names)
+    found = [(caption, len(tokens)) for _, caption, tokens in names["joined"]()]
+    assert found == [(caption, 5) for caption in CAPTIONS]
+    encoder = f'weights="{team.path}/t5", max_tokens=12'
+    ours = ours.replace('weights="google/t5-v1_1-xxl", max_tokens=113', encoder)
+    ours = ours.replace("image_px=64", "image_px=8").replace("num_workers=2", "num_workers=0")
+    seen: list[str] = []
+    exec(ours.replace("print(", "seen.append(").replace("256", "1"), {"seen": _Seen(seen)})
+    assert sorted(seen) == sorted(CAPTIONS)
+
+
+class _Seen:
+    """Takes what the document prints; keeps the captions."""
+
+    def __init__(self, captions: list[str]) -> None:
+        self._captions = captions
+
+    def append(self, caption: str, *_: object) -> None:
+        self._captions.append(caption)
