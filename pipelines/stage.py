@@ -25,6 +25,7 @@ from pipelines.location import Location, location
 Json = Any  # what json.loads gives back
 
 RECEIPTS_FILE = "receipts.jsonl"  # of a finished stage, in the order of its units
+_FOLDERS: dict[str, Path] = {}  # fetched by this process; gone when it ends
 CIRCUMSTANCES_FILE = "made.json"  # who made a finished stage, when and how long it took
 _CIRCUMSTANCES = ("timings", "seconds", "attempt", "host", "taken_from", "reason")
 
@@ -170,6 +171,12 @@ class Manifest:
         """A published folder on this machine: itself, or verified copies until the process ends."""
         if isinstance(self.directory, Path):
             return self.directory / name
+        address = f"{self.directory}/{name}?{self.contents}"
+        if address not in _FOLDERS:
+            _FOLDERS[address] = self._fetch_folder(name)
+        return _FOLDERS[address]
+
+    def _fetch_folder(self, name: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="ediffi-folder-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         for receipt in self.receipts:

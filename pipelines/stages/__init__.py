@@ -7,6 +7,7 @@ from pipelines.stage import Stage
 from pipelines.stages.assemble import Assemble
 from pipelines.stages.clip_fit import FitClip
 from pipelines.stages.embed import Embed
+from pipelines.stages.embed_cache import AdoptCache
 from pipelines.stages.evaluate import Evaluate
 from pipelines.stages.ingest import ingest_stage
 from pipelines.stages.sample import Sample
@@ -16,15 +17,13 @@ from pipelines.stages.train_experts import TrainExperts
 
 def build_stages(recipe: CacheRecipe) -> list[Stage]:
     """Every stage of a recipe, each after those it needs."""
-    if any(encoder.cache for encoder in recipe.encoders.values()):
-        from pipelines.stages.embed_cache import AdoptCache
     stages: list[Stage] = [ingest_stage(recipe)]
     if recipe.clip_fit is not None:
         stages.append(FitClip(config=recipe.clip_fit, seed=recipe.seed))
     embeds = [
         AdoptCache(encoder_name=name, encoder=encoder)
         if encoder.cache
-        else Embed(encoder_name=name, encoder=encoder)
+        else Embed(encoder_name=name, encoder=encoder, max_pixels=recipe.data.max_pixels)
         for name, encoder in recipe.encoders.items()
     ]
     stages += embeds
