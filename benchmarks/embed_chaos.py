@@ -32,7 +32,7 @@ import psutil
 from benchmarks import joined_data
 from benchmarks.interleave import our_versions
 from benchmarks.report import Row
-from ediffi.shard_format import ShardWriter
+from ediffi.storage.shard_format import ShardWriter
 
 PATIENCE_S = 300.0
 

@@ -115,9 +115,9 @@ def write_clip(folder: Path) -> None:
 
 
 def _write_shards(folder: Path, num_samples: int, shard_samples: int) -> None:
-    from ediffi.shard_format import ShardWriter
-    from ediffi.tar_index import write_index
-    from pipelines.stages.shard_digests import ShardDigests
+    from ediffi.storage.shard_format import ShardWriter
+    from ediffi.storage.tar_index import write_index
+    from pipelines.stages.ingestion.shard_digests import ShardDigests
 
     folder.mkdir(parents=True, exist_ok=True)
     texts = list(captions(num_samples))

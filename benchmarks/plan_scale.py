@@ -120,7 +120,7 @@ def measure_embed(folder: Path, num_shards: int) -> Memory:
 
 
 def _small_shard(folder: Path) -> File:
-    from ediffi.shard_format import ShardWriter
+    from ediffi.storage.shard_format import ShardWriter
 
     path = folder / "small.tar"
     with ShardWriter(path) as writer:

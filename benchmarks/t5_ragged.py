@@ -25,10 +25,16 @@ from torch import Tensor
 from benchmarks.embed_content import captions, write_t5
 from benchmarks.interleave import our_versions, row
 from benchmarks.report import Row
-from ediffi.embedding import embed_shard
-from ediffi.encoder_weights import EncoderConfig
 from ediffi.encoders import load_encoder
-from ediffi.shard_format import ShardWriter, caption_of, decode_tensors, encode_tensors, read_shard
+from ediffi.encoding.embedding import embed_shard
+from ediffi.encoding.encoder_weights import EncoderConfig
+from ediffi.storage.shard_format import (
+    ShardWriter,
+    caption_of,
+    decode_tensors,
+    encode_tensors,
+    read_shard,
+)
 
 PADDED_TOKENS = 113
 BATCH_CAPTIONS = 64

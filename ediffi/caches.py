@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ediffi import remote
-from ediffi.encoder_identity import check_identity, encoder_identity, read_identity
-from ediffi.encoder_weights import EncoderConfig
-from ediffi.shard_files import ShardFile, ShardRef
+from ediffi.encoding.encoder_identity import check_identity, encoder_identity, read_identity
+from ediffi.encoding.encoder_weights import EncoderConfig
+from ediffi.storage import remote
+from ediffi.storage.shard_files import ShardFile, ShardRef
 
 Receipt = Mapping[str, Any]
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ediffi.clip_text import clip_text_states
-from ediffi.encoded_batch import EncodedBatch, encoded_batch
-from ediffi.encoder_identity import encoder_identity, identity_digest
-from ediffi.encoder_weights import EncoderConfig, weights_identity
-from ediffi.quantization import dequantize
+from ediffi.encoding.clip_text import clip_text_states
+from ediffi.encoding.encoded_batch import EncodedBatch, encoded_batch
+from ediffi.encoding.encoder_identity import encoder_identity, identity_digest
+from ediffi.encoding.encoder_weights import EncoderConfig, weights_identity
+from ediffi.encoding.quantization import dequantize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -211,8 +211,8 @@ def load_encoder(config: EncoderConfig, *, device: str = "cpu") -> Encoder:
 
 @functools.lru_cache(maxsize=16)
 def _loaded(config: EncoderConfig, device: str, identity: str) -> Encoder:
-    from ediffi.open_clip_encoders import OpenClipImageEncoder, OpenClipTextEncoder
-    from ediffi.transformers_encoder import TransformersEncoder
+    from ediffi.encoding.open_clip_encoders import OpenClipImageEncoder, OpenClipTextEncoder
+    from ediffi.encoding.transformers_encoder import TransformersEncoder
 
     encoder_class: Callable[[EncoderConfig, str], Encoder] = {
         "transformers": TransformersEncoder,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ediffi.conditioning import Conditioning, collate
-from ediffi.encoder_weights import EncoderConfig
 from ediffi.encoders import load_encoder
+from ediffi.encoding.encoder_weights import EncoderConfig
 from ediffi.ensemble import EnsembleInfo, load_base, load_ensemble
 from ediffi.guidance import guided
 from ediffi.preconditioning import DenoiserFn

@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from ediffi.parcel import PackedCollate, Parcel
 from ediffi.sample_order import SampleOrder
 from ediffi.shards import JoinedShards, Sample
+from ediffi.storage.parcel import PackedCollate, Parcel
 
 Batch = TypeVar("Batch")
 
@@ -37,7 +37,7 @@ class JoinedLoader(Generic[Batch]):
         samples: the joined shards.
         collate: makes a batch of samples, in the worker, such as
             `ediffi.conditioning.collate` does for streams. Its tensors come over in one piece of
-            shared memory, see `ediffi.parcel`.
+            shared memory, see `ediffi.storage.parcel`.
         seed: of the order.
         batch_samples: of all ranks together in one step, a multiple of `world_size`.
         rank: of this process, in [0, world_size).

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ediffi.encoder_weights import EncoderConfig, package_file, path_digest, weights_identity
+from ediffi.encoding.encoder_weights import (
+    EncoderConfig,
+    package_file,
+    path_digest,
+    weights_identity,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

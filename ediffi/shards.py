@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ediffi import remote
-from ediffi.local_cache import LocalCache
+from ediffi.encoding.quantization import dequantize
 from ediffi.pictures import ImageError, Resize, check_fit, decode_image, fit_image
-from ediffi.quantization import dequantize
 from ediffi.sample_order import SampleOrder
-from ediffi.shard_check import Verify, check_files
-from ediffi.shard_files import ShardFile, ShardRef
-from ediffi.shard_format import (
+from ediffi.storage import remote
+from ediffi.storage.local_cache import LocalCache
+from ediffi.storage.shard_check import Verify, check_files
+from ediffi.storage.shard_files import ShardFile, ShardRef
+from ediffi.storage.shard_format import (
     ShardWriter,
     caption_of,
     decode_tensors,
@@ -36,9 +36,9 @@ from ediffi.shard_format import (
     picture_of,
     read_shard,
 )
-from ediffi.shard_join import JoinedIndex, Missing, join
-from ediffi.shard_tars import Request, Tar, open_tar, read_indexes, read_requests
-from ediffi.tar_index import ShardError
+from ediffi.storage.shard_join import JoinedIndex, Missing, join
+from ediffi.storage.shard_tars import Request, Tar, open_tar, read_indexes, read_requests
+from ediffi.storage.tar_index import ShardError
 
 __all__ = [
     "ShardError",
@@ -104,7 +104,7 @@ class JoinedShards(Dataset[Sample]):
     grow with the number of shards. Copies sent to worker processes carry neither handles nor
     indexes; forked workers keep local mappings and open remote shards anew.
 
-    Int8 token states come back as bf16, see `ediffi.quantization`.
+    Int8 token states come back as bf16, see `ediffi.encoding.quantization`.
 
     Args:
         shards: all with the same streams.

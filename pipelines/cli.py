@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import command_options as options_of
-from pipelines import commands
-from pipelines.command_options import late
+from pipelines.commands import options as options_of
+from pipelines.commands import run as commands
+from pipelines.commands.options import late
 from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.ledger import Ledger
 from pipelines.recipe_file import load_any_recipe
@@ -137,13 +137,13 @@ COMMANDS: dict[str, tuple[options_of.Command, str, options_of.AddOptions]] = {
         options_of.json_option,
     ),
     "plan": (
-        late("plan_command", "plan"),
+        late("plan", "plan"),
         "stages, hit or miss and why, and what they would take",
         options_of.plan_options,
     ),
     "run": (commands.run, "run a recipe; run it again to go on", options_of.run_options),
     "embed": (
-        late("embed_command", "embed"),
+        late("embed", "embed"),
         "embedding caches of shards, without a recipe for training",
         options_of.embed_options,
     ),

@@ -209,7 +209,7 @@ class Manifest:
         path = self.path(file)
         if isinstance(path, Path):
             return path
-        from ediffi.local_cache import LocalCache
+        from ediffi.storage.local_cache import LocalCache
 
         return LocalCache.default().fetch(str(path), sha256=file.sha256, num_bytes=file.num_bytes)
 

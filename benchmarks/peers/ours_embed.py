@@ -15,7 +15,7 @@ from benchmarks.embed_content import Folders
 from benchmarks.peers import serve
 from ediffi.encoders import ImageEncoder, TextEncoder, load_encoder, token_batches
 from ediffi.pictures import decode_image
-from ediffi.shard_format import read_shard
+from ediffi.storage.shard_format import read_shard
 from pipelines.recipe import Encoder
 from pipelines.stage import Manifest, Workspace
 from pipelines.stages.embed import Embed

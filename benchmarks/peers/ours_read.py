@@ -28,7 +28,7 @@ from ediffi.shards import (
     ShardWriter,
     encode_tensors,
 )
-from ediffi.tar_index import INDEX_SUFFIX, write_index
+from ediffi.storage.tar_index import INDEX_SUFFIX, write_index
 
 NUM_SHARDS = 8
 

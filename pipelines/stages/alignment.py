@@ -15,7 +15,7 @@ from pipelines.stage import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ediffi.encoder_weights import EncoderConfig
+    from ediffi.encoding.encoder_weights import EncoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)

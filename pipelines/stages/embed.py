@@ -39,8 +39,8 @@ def asked_identity(encoder: Encoder) -> dict[str, str | int]:
     Raises:
         ValueError: its weights are missing, or its settings contradict each other.
     """
-    from ediffi.encoder_identity import encoder_identity
-    from ediffi.encoder_weights import EncoderConfig
+    from ediffi.encoding.encoder_identity import encoder_identity
+    from ediffi.encoding.encoder_weights import EncoderConfig
 
     values = {field.name: getattr(encoder, field.name) for field in fields(EncoderConfig)}
     return encoder_identity(EncoderConfig(**values))
@@ -69,7 +69,7 @@ class Embed:
 
     def plan(self, inputs: Mapping[str, Manifest]) -> Iterator[Unit]:
         """The empty caption, then one unit a shard with all that a worker needs to know of it."""
-        from ediffi.encoder_identity import encoder_identity
+        from ediffi.encoding.encoder_identity import encoder_identity
 
         identity = encoder_identity(encoder_config(self.encoder, inputs))
         settings = settings_digest({"version": self.version, "encoder": identity})
@@ -90,8 +90,8 @@ class Embed:
 
     def run(self, unit: Unit, workspace: Workspace) -> Outcome:
         """Encode one shard. Raises ShardError if it is not the one that was ingested."""
-        from ediffi.encoder_identity import encoder_identity, identity_digest
         from ediffi.encoders import load_encoder
+        from ediffi.encoding.encoder_identity import encoder_identity, identity_digest
 
         config = encoder_config(self.encoder, workspace.inputs)
         encoder = load_encoder(config, device=workspace.device)
@@ -108,8 +108,8 @@ class Embed:
     ) -> Outcome:
         import torch
 
-        from ediffi.embedding import embed_shard
-        from ediffi.tar_index import ShardError, write_index
+        from ediffi.encoding.embedding import embed_shard
+        from ediffi.storage.tar_index import ShardError, write_index
 
         arguments = unit.arguments
         source = workspace.inputs["ingest"].local_path(File(**arguments["file"]))
@@ -157,8 +157,8 @@ class Embed:
 def _write_null(
     encoder: LoadedEncoder, identity: Mapping[str, str | int], made_with: Json, workspace: Workspace
 ) -> Outcome:
-    from ediffi.encoder_identity import IDENTITY_FILE, identity_json
-    from ediffi.shard_format import encode_tensors
+    from ediffi.encoding.encoder_identity import IDENTITY_FILE, identity_json
+    from ediffi.storage.shard_format import encode_tensors
 
     scratch = workspace.scratch
     (scratch / "null.safetensors").write_bytes(encode_tensors(encoder.null()))

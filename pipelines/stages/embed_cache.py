@@ -46,7 +46,7 @@ class AdoptCache:
             CacheMismatch: it was made with another encoder than the recipe asks for.
             ValueError: there is no finished cache at that place.
         """
-        from ediffi.encoder_identity import check_identity, read_identity
+        from ediffi.encoding.encoder_identity import check_identity, read_identity
 
         contents = self._cache().contents
         found, asked = read_identity(self.encoder.cache), asked_identity(self.encoder)

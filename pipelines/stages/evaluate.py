@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ediffi.conditioning import Conditioning
-    from ediffi.encoder_weights import EncoderConfig
+    from ediffi.encoding.encoder_weights import EncoderConfig
     from ediffi.generator import Generator
     from ediffi.loss import BinLoss
     from ediffi.metrics import FeatureExtractor

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipelines.errors import UserError
 from pipelines.location import location
 from pipelines.stage import Json, Manifest, Outcome, Receipt, Unit, Workspace
-from pipelines.stages.address_guard import AddressRules
-from pipelines.stages.adopt import AdoptShards
-from pipelines.stages.earlier_shard import EarlierShard
-from pipelines.stages.fetch import Download, FetchSettings, check_outage, fetch
-from pipelines.stages.picture_files import find_pictures, max_bytes_of
-from pipelines.stages.rejects import Rejection, Tally, check_budget
-from pipelines.stages.source_files import absolute
-from pipelines.stages.source_list import SPLITS, Row, SourceList
+from pipelines.stages.ingestion.address_guard import AddressRules
+from pipelines.stages.ingestion.adopt import AdoptShards
+from pipelines.stages.ingestion.earlier_shard import EarlierShard
+from pipelines.stages.ingestion.fetch import Download, FetchSettings, check_outage, fetch
+from pipelines.stages.ingestion.picture_files import find_pictures, max_bytes_of
+from pipelines.stages.ingestion.rejects import Rejection, Tally, check_budget
+from pipelines.stages.ingestion.source_files import absolute
+from pipelines.stages.ingestion.source_list import SPLITS, Row, SourceList
 
 if TYPE_CHECKING:
     from pipelines.recipe import CacheRecipe, PictureFolder, UrlList
@@ -214,7 +214,7 @@ def _ingest(
 ) -> Outcome:
     """Write one shard: samples in the order of the list, whichever pictures arrived first."""
     from ediffi.shards import ShardWriter
-    from ediffi.tar_index import write_index
+    from ediffi.storage.tar_index import write_index
 
     rows = [(row, row.rejection(config.max_caption_characters)) for row in source.rows(unit)]
     download = pictures(

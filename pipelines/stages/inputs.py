@@ -12,7 +12,7 @@ from pipelines.stage import File, Json, Manifest, Receipt
 
 if TYPE_CHECKING:
     from ediffi.conditioning import StreamConfig
-    from ediffi.encoder_weights import EncoderConfig
+    from ediffi.encoding.encoder_weights import EncoderConfig
     from ediffi.shards import ShardRef
 
 EMBED_PREFIX = "embed/"
@@ -51,7 +51,7 @@ def joined_shards(inputs: Mapping[str, Manifest], split: str) -> tuple[ShardRef,
 
 def encoder_config(encoder: Encoder, inputs: Mapping[str, Manifest]) -> EncoderConfig:
     """The model library's own description of an encoder, `fitted` weights resolved to a path."""
-    from ediffi.encoder_weights import EncoderConfig
+    from ediffi.encoding.encoder_weights import EncoderConfig
 
     values = {field.name: getattr(encoder, field.name) for field in fields(EncoderConfig)}
     if encoder.is_fitted:

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.embed_content import WORDS, Folders, captions, write_all
 from ediffi.encoders import EncoderConfig, load_encoder
-from ediffi.shard_format import read_shard
+from ediffi.storage.shard_format import read_shard
 from pipelines.stage import Manifest
 
 

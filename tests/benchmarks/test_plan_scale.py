@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.plan_scale import measure_plan
 from benchmarks.simulated_store import make_store
-from pipelines.lookup import stages_of
+from pipelines.caches.lookup import stages_of
 
 
 def test_a_plan_of_a_simulated_store_counts_as_expected(tmp_path: Path) -> None:

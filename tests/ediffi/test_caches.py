@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ediffi.caches import CacheError, open_caches
-from ediffi.encoder_identity import CacheMismatch, encoder_identity, identity_json
-from ediffi.encoder_weights import EncoderConfig
+from ediffi.encoding.encoder_identity import CacheMismatch, encoder_identity, identity_json
+from ediffi.encoding.encoder_weights import EncoderConfig
 
 T5 = EncoderConfig(family="transformers", weights="google/t5-v1_1-small", max_tokens=77)
 

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import T5EncoderModel
 
-from ediffi import open_clip_encoders
 from ediffi.encoders import EncoderConfig, load_encoder, weights_identity
+from ediffi.encoding import open_clip_encoders
 from tests.tiny_encoders import write_clip, write_t5
 
 CAPTIONS = ["a red circle", "a cat and a dog on the mat", "", "dog", "a dog"]

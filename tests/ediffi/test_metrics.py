@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from ediffi.clip_fit import ClipFitConfig, fit_clip
-from ediffi.encoder_weights import package_file
 from ediffi.encoders import EncoderConfig, load_encoder, weights_identity
+from ediffi.encoding.encoder_weights import package_file
 from ediffi.metrics import (
     bootstrap_interval,
     clip_score,

@@ -17,9 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import ediffi.shards
-from ediffi import remote
-from ediffi.local_cache import LocalCache
-from ediffi.quantization import quantize_tokens
+from ediffi.encoding.quantization import quantize_tokens
 from ediffi.shards import (
     JoinedShards,
     ShardError,
@@ -28,7 +26,9 @@ from ediffi.shards import (
     ShardWriter,
     encode_tensors,
 )
-from ediffi.tar_index import INDEX_SUFFIX, TarIndex, write_index
+from ediffi.storage import remote
+from ediffi.storage.local_cache import LocalCache
+from ediffi.storage.tar_index import INDEX_SUFFIX, TarIndex, write_index
 
 STREAMS = ("t5", "clip_image")
 

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from ediffi.caches import open_caches
-from ediffi.shard_format import ShardWriter
 from ediffi.shards import JoinedShards
+from ediffi.storage.shard_format import ShardWriter
 from pipelines.cli import build_parser
-from pipelines.embed_command import recipe_of
+from pipelines.commands.embed import recipe_of
 from pipelines.execute import Task, execute
 from pipelines.ledger import Ledger
 from pipelines.planning import plan

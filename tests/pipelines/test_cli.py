@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipelines import cli, commands
+from pipelines import cli
 from pipelines.cli import COMMANDS, build_parser, main, parse
-from pipelines.command_options import CACHE_ACTIONS, recipe_options
+from pipelines.commands.options import CACHE_ACTIONS, recipe_options
 from pipelines.errors import RetryableError, StageFailed, UserError
 
 
@@ -194,7 +194,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=Path(commands.__file__).parents[1],
+        cwd=Path(cli.__file__).parents[1],
     )
     assert process.stdout is not None
     process.stdout.readline()

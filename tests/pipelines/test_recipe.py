@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ediffi.clip_fit import ClipFitConfig
-from ediffi.encoder_weights import EncoderConfig
+from ediffi.encoding.encoder_weights import EncoderConfig
 from ediffi.generator import SamplingConfig
 from ediffi.noise import check_tiling
 from pipelines.errors import UserError

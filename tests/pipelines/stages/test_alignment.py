@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ediffi import encoders, metrics
-from ediffi.encoder_weights import EncoderConfig
+from ediffi.encoding.encoder_weights import EncoderConfig
 from pipelines.demo.shapes import combinations_of, draw
 from pipelines.stages.alignment import AlignmentScores, clip_alignment, shapes_alignment
 

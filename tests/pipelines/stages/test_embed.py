@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ediffi.encoder_identity import CacheMismatch, read_identity
-from ediffi.shard_format import ShardWriter, decode_tensors, read_shard
-from ediffi.tar_index import ShardError, write_index
+from ediffi.encoding.encoder_identity import CacheMismatch, read_identity
+from ediffi.storage.shard_format import ShardWriter, decode_tensors, read_shard
+from ediffi.storage.tar_index import ShardError, write_index
 from pipelines.errors import StageFailed, UserError
 from pipelines.fingerprint import changed_parts, file_sha256
 from pipelines.recipe import Encoder
@@ -20,8 +20,8 @@ from pipelines.stage import File, Manifest, Stage, Unit, Workspace
 from pipelines.stage_record import StageRecord
 from pipelines.stages.embed import Embed
 from pipelines.stages.embed_cache import AdoptCache
+from pipelines.stages.ingestion.shard_digests import ShardDigests
 from pipelines.stages.inputs import joined_shards
-from pipelines.stages.shard_digests import ShardDigests
 from tests.pipelines.fake_stages import manifest, receipt
 from tests.tiny_encoders import write_clip, write_t5
 

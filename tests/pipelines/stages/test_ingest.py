@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ediffi.tar_index import INDEX_SUFFIX, read_index
+from ediffi.storage.tar_index import INDEX_SUFFIX, read_index
 from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.fingerprint import file_sha256
 from pipelines.location import Location, location
 from pipelines.recipe import PictureFolder, ReadyShards, Recipe, UrlList
 from pipelines.stage import File, Outcome, Receipt, Unit, Workspace
-from pipelines.stages import fetch as fetching
-from pipelines.stages.adopt import AdoptShards
-from pipelines.stages.earlier_shard import EarlierShard
 from pipelines.stages.ingest import IngestFolder, IngestUrls, ingest_stage
+from pipelines.stages.ingestion import fetch as fetching
+from pipelines.stages.ingestion.adopt import AdoptShards
+from pipelines.stages.ingestion.earlier_shard import EarlierShard
 from tests.pipelines.stages.ingest_inputs import (
     NOBODY,
     folder_stage,

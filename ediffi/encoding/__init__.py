@@ -1,0 +1,1 @@
+"""Frozen encoders and what is kept of their output."""

@@ -1,0 +1,1 @@
+"""Looking after what a store holds: checking, repairing, clearing, comparing."""

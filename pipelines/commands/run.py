@@ -1,0 +1,234 @@
+"""What each command of the command line does. Heavy imports stay inside the functions."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.errors import RetryableError, StageFailed, UserError
+from pipelines.ledger import Ledger
+from pipelines.location import Location, location
+from pipelines.recipe import CacheRecipe
+from pipelines.recipe_file import load_recipe
+from pipelines.stage import Json, Manifest
+
+if TYPE_CHECKING:
+    from pipelines.workflow import RunRecord
+
+
+def run(options: Namespace) -> None:
+    """Run a recipe to the end, or the chosen stages with all they need."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    record = execute_recipe(recipe, options, options.stages)
+    if not options.json:
+        print_table(record)
+
+
+def demo(options: Namespace) -> None:
+    """Draw the embedded data set, serve it on loopback and run the demo recipe on it."""
+    from pipelines.planning import plan as make_plan
+
+    store = Ledger.at(options.store).store
+    data = (store if isinstance(store, Path) else Path("ediffi-store").absolute()) / "demo-data"
+    overrides = [f"data.list={data / 'captions.parquet'}"]
+    if (os.cpu_count() or 1) < 2:
+        overrides.append("resources.base.num_workers=1")
+    with ExitStack() as stack:
+        if not (data / "captions.parquet").exists():
+            from pipelines.demo.shapes import write_data_set
+
+            write_data_set(data)
+        recipe = load_recipe("demo", overrides)
+        if not make_plan(recipe, Ledger.at(options.store))[0].is_hit:
+            from pipelines.demo.server import serve_directory
+
+            address = stack.enter_context(serve_directory(data))
+            recipe = load_recipe("demo", [*overrides, f"data.address_prefix={address}/"])
+        record = execute_recipe(recipe, options, ())
+    if not options.json:
+        print_table(record)
+
+
+def execute_recipe(recipe: CacheRecipe, options: Namespace, selected: Sequence[str]) -> RunRecord:
+    """Run the chosen stages of a recipe; with --json the result goes to stdout, failed or not."""
+    from pipelines.workflow import run_recipe
+
+    ledger = Ledger.open(options.store)
+    try:
+        record = run_recipe(recipe, ledger, selected=selected)
+    except (StageFailed, RetryableError):
+        if options.json:
+            print(json.dumps(_result(ledger, ledger.runs()[0])))
+        raise
+    if options.json:
+        print(json.dumps(_result(ledger, vars(record))))
+    return record
+
+
+def _result(ledger: Ledger, record: Json) -> Json:
+    """The object that `run --json` prints."""
+    return {
+        "run_id": record["run_id"],
+        "store": str(ledger.store),
+        "ensemble": str(path) if (path := _ensemble(record)) else "",
+        "stages": record["stages"],
+    }
+
+
+def print_table(record: RunRecord) -> None:
+    """What a person wants to know after a run."""
+    from pipelines.tracking import default_uri, without_password
+
+    for row in record.stages:
+        seconds = f"{row['seconds']:8.1f} s" if row["state"] == "ran" else " " * 10
+        print(f"{row['name']:<18} {row['state']:<7} {seconds}  {row['units']:>4} units")
+    print(f"{'total':<18} {'':<7} {record.seconds:8.1f} s")
+    figures = _figures(vars(record))
+    for title, suffix in (
+        ("text alignment", "text_alignment"),
+        ("Fréchet distance", "frechet_distance"),
+        ("held-out loss", "loss"),
+    ):
+        found = {
+            name.removesuffix(f"/{suffix}"): value
+            for name, value in figures.items()
+            if name.count("/") == 1 and name.endswith(f"/{suffix}")
+        }
+        if found:
+            print(f"{title:<18} " + ", ".join(f"{k} {v:.3f}" for k, v in sorted(found.items())))
+    directories = {row["name"]: location(row["path"]) for row in record.stages}
+    if "sample" in directories:
+        print(f"pictures           {directories['sample'] / 'grid.png'}")
+    if (ensemble := _ensemble(vars(record))) is not None:
+        print(f"ensemble           {ensemble}")
+    store = next(iter(directories.values())).parents[1]
+    uri = record.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store)
+    uri = without_password(uri)
+    if uri.startswith("sqlite"):
+        print(f"MLflow             mlflow ui --backend-store-uri {uri}")
+    else:
+        print(f"MLflow             {uri}")
+
+
+def _ensemble(record: Json) -> Location | None:
+    for row in record["stages"]:
+        if row["name"] == "assemble" and row["state"] in {"ran", "cached"}:
+            return location(row["path"]) / "ensemble"
+    return None
+
+
+def _figures(record: Json) -> dict[str, float]:
+    """The figures of a run's evaluation, by name."""
+    for row in record["stages"]:
+        if row["name"] == "evaluate" and row["state"] in {"ran", "cached"}:
+            return Manifest.load(location(row["path"])).receipt("report").facts["metrics"]
+    return {}
+
+
+def status(options: Namespace) -> None:
+    """Print a run's stages with units done, from the ledger alone."""
+    from pipelines.workflow import RunRecord
+
+    ledger = Ledger.at(options.store)
+    record = ledger.run(options.run) if options.run else next(iter(ledger.runs()), None)
+    if record is None:
+        raise UserError(f"no runs in {ledger.store}: start one with `ediffi run RECIPE`")
+    if RunRecord(**record).is_orphan:
+        record["state"] = "killed"
+    if options.json:
+        print(json.dumps(record))
+        return
+    print(f"{record['run_id']}  {record['state']}  started {record['started']}")
+    for one in _progress(record, ledger):
+        print(one)
+    if record["error"]:
+        print(record["error"])
+
+
+def _progress(record: Json, ledger: Ledger) -> list[str]:
+    from pipelines.caches.lookup import recipe_of_run
+    from pipelines.planning import plan as make_plan
+
+    recipe = recipe_of_run(record)
+    lines = []
+    for one in make_plan(recipe, ledger):
+        state = "complete" if one.is_hit else "; ".join(one.reasons)
+        lines.append(f"{one.name:<18} {state}")
+    return lines
+
+
+def sample(options: Namespace) -> None:
+    """Draw pictures and print the path of each."""
+    from PIL import Image
+
+    import ediffi
+    from ediffi.generator import SamplingConfig
+
+    config = SamplingConfig(
+        sampler=options.sampler,
+        num_steps=options.steps,
+        guidance=options.guidance,
+        sigma_max=options.sigma_max,
+    )
+    seeds = options.seed or [0, 1, 2, 3]
+    pairs = [(prompt, seed) for prompt in options.prompt for seed in seeds]
+    try:
+        generator = ediffi.load(options.model, device=options.device)
+        pictures = generator.generate(
+            [prompt for prompt, _ in pairs],
+            seeds=[seed for _, seed in pairs],
+            config=config,
+            model=options.use,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    options.out.mkdir(parents=True, exist_ok=True)
+    for index, (picture, (_, seed)) in enumerate(zip(pictures, pairs, strict=True)):
+        path = options.out / f"{index // len(seeds):03d}-seed{seed}.png"
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+        print(path)
+
+
+def compare(options: Namespace) -> None:
+    """Print the settings that differ between runs and the figures of each."""
+    from pipelines.fingerprint import flatten
+
+    ledger = Ledger.at(options.store)
+    records = [ledger.run(run_id) for run_id in options.runs]
+    settings = [dict(flatten(record["resolved"])) for record in records]
+    names = sorted(set().union(*settings))
+    differing = {
+        name: [values.get(name, "absent") for values in settings]
+        for name in names
+        if len({json.dumps(values.get(name, "absent")) for values in settings}) > 1
+    }
+    figures = [_figures(record) for record in records]
+    measured = {name: [one.get(name) for one in figures] for name in sorted(set().union(*figures))}
+    seconds = {"seconds": [record["seconds"] for record in records]}
+    ids = [record["run_id"] for record in records]
+    if options.json:
+        print(json.dumps({"runs": ids, "settings": differing, "figures": measured | seconds}))
+        return
+    print(f"{'':<36}" + "  ".join(f"{run_id:>28}" for run_id in ids))
+    for name, values in {**differing, **measured, **seconds}.items():
+        print(f"{name:<36}" + "  ".join(f"{_cell(value):>28}" for value in values))
+
+
+def _cell(value: Json) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def encoders(options: Namespace) -> None:
+    """Fit the recipe's CLIP; print where it lies."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.clip_fit is None:
+        raise UserError(f"recipe {options.recipe} has no `clip_fit:` section to say what to fit")
+    record = execute_recipe(recipe, options, ("clip_fit",))
+    if not options.json:
+        path = next(row["path"] for row in record.stages if row["name"] == "clip_fit")
+        print(Path(path) / "clip")

@@ -1,0 +1,1 @@
+"""What a plan will take: units, samples, bytes, hours, money."""

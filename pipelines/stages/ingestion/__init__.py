@@ -1,0 +1,1 @@
+"""The parts of ingest: lists, downloads, tars made elsewhere, rejects."""

@@ -1,0 +1,193 @@
+"""Tests of pipelines.commands.run: what a person, or a program with --json, reads on stdout."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from pipelines.errors import StageFailed
+from pipelines.ledger import Ledger
+from pipelines.planning import PlannedStage, describe, plan
+from pipelines.recipe import Recipe
+from pipelines.stage import Outcome, Unit
+from tests.pipelines.fake_stages import FakeStage, finish, write_run
+
+FIGURES = {"ensemble/text_alignment": 0.9, "base/text_alignment": 0.5, "base/loss": 0.25}
+
+
+@pytest.fixture
+def planned(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
+) -> dict[str, PlannedStage]:
+    """Three stages in the store: one with files, one named with a slash, and an evaluation."""
+    use_stages(
+        FakeStage(name="ingest"),
+        FakeStage(name="embed/t5", needs=("ingest",)),
+        FakeStage(name="evaluate", needs=("ingest",)),
+    )
+    planned = {one.name: one for one in plan(demo_recipe, ledger)}
+    finish(planned["ingest"], {"a": {"a.tar": "aaaa"}, "b": {"b.tar": "bb"}})
+    finish(planned["embed/t5"])
+    evaluate = planned["evaluate"]
+    record, inputs = evaluate.record, evaluate.inputs
+    identity = describe(evaluate.stage, inputs)
+    contents = {"ingest": planned["ingest"].record.manifest().contents}
+    record.open(identity, contents)
+    outcome = Outcome(facts={"metrics": FIGURES})
+    record.publish(Unit(id="report"), outcome, ledger.new_scratch(), seconds=1, attempt=1)
+    record.complete("evaluate", identity, inputs, contents, ["report"], "run-1")
+    return planned
+
+
+def rows(*planned: PlannedStage, state: str = "ran") -> list[dict[str, Any]]:
+    """Stages as a run's record has them."""
+    return [
+        {
+            "name": one.name,
+            "fingerprint": one.fingerprint,
+            "state": state,
+            "seconds": 2.0,
+            "units": 2,
+            "path": str(one.record.directory),
+        }
+        for one in planned
+    ]
+
+
+def test_run_tells_programs_where_everything_lies(
+    ediffi: Callable[..., tuple], ledger: Ledger, planned: Any
+) -> None:
+    """A run that finds everything prints the object that a run that did the work prints."""
+    code, out, _ = ediffi("run", "demo", "--json", "--set", "seed=1")
+    document = json.loads(out)
+    assert (code, document["store"]) == (0, str(ledger.store))
+    assert document["run_id"] == ledger.runs()[0]["run_id"]
+    assert [row["state"] for row in document["stages"]] == ["cached"] * 3
+    assert document["ensemble"] == ""
+    assert ledger.runs()[0]["resolved"]["base"]["seed"] == 1
+
+
+def test_run_tells_people_what_came_out(
+    ediffi: Callable[..., tuple],
+    planned: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stages, the figures of the evaluation, and where MLflow is, without its password."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    _, out, _ = ediffi("run", "demo", "ingest", "evaluate")
+    assert [line.split()[:2] for line in out.splitlines()[:2]] == [
+        ["ingest", "cached"],
+        ["evaluate", "cached"],
+    ]
+    assert "text alignment     base 0.500, ensemble 0.900" in out
+    assert "held-out loss      base 0.250" in out
+    assert "MLflow             http://me:***@host:5000" in out
+
+
+def test_a_failed_run_still_tells_programs_what_is_there(
+    ediffi: Callable[..., tuple],
+    ledger: Ledger,
+    planned: dict[str, PlannedStage],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """stdout has the object, stderr the reason, the exit code says failed."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        write_run(ledger, "demo-1", state="failed", stages=rows(planned["ingest"]))
+        raise StageFailed("stage embed/t5: 1 of 2 units failed")
+
+    monkeypatch.setattr("pipelines.workflow.run_recipe", fail)
+    code, out, err = ediffi("run", "demo", "--json")
+    assert code == 1
+    assert [row["name"] for row in json.loads(out)["stages"]] == ["ingest"]
+    assert err == "ediffi: stage embed/t5: 1 of 2 units failed\n"
+
+
+def test_status_tells_the_newest_run(
+    ediffi: Callable[..., tuple], ledger: Ledger, demo_recipe: Recipe, planned: Any
+) -> None:
+    """What is complete and what is missing, from the store alone."""
+    resolved = demo_recipe.model_dump(mode="json")
+    write_run(ledger, "demo-1", started="2026-01-01", resolved=resolved)
+    failed = {"state": "failed", "error": "stage ingest: it broke", "resolved": resolved}
+    write_run(ledger, "demo-2", started="2026-01-02", **failed)
+    code, out, _ = ediffi("status")
+    lines = out.splitlines()
+    assert (code, lines[0]) == (0, "demo-2  failed  started 2026-01-02")
+    assert [line.split() for line in lines[1:4]] == [
+        ["ingest", "complete"],
+        ["embed/t5", "complete"],
+        ["evaluate", "complete"],
+    ]
+    assert lines[-1] == "stage ingest: it broke"
+    assert json.loads(ediffi("status", "demo-1", "--json")[1])["run_id"] == "demo-1"
+
+
+def test_status_sees_that_the_driver_is_gone(ediffi: Callable[..., tuple], ledger: Ledger) -> None:
+    """A run that was killed cannot say so itself."""
+    write_run(ledger, "demo-1", state="running", process_started=1.0)
+    assert json.loads(ediffi("status", "--json")[1])["state"] == "killed"
+
+
+def test_compare_shows_what_differs_and_what_came_of_it(
+    ediffi: Callable[..., tuple], ledger: Ledger, planned: dict[str, PlannedStage]
+) -> None:
+    """Equal settings are left out; a run without an evaluation has no figures."""
+    stages = rows(planned["evaluate"])
+    write_run(ledger, "run-a", resolved={"lr": 1, "px": 16}, stages=stages, seconds=5.0)
+    write_run(ledger, "run-b", resolved={"lr": 2, "px": 16, "new": True}, seconds=6.0)
+    code, out, _ = ediffi("compare", "run-a", "run-b", "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "runs": ["run-a", "run-b"],
+        "settings": {"lr": [1, 2], "new": ["absent", True]},
+        "figures": {name: [FIGURES[name], None] for name in FIGURES} | {"seconds": [5.0, 6.0]},
+    }
+    _, out, _ = ediffi("compare", "run-a", "run-b")
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:]}
+    assert table["lr"] == ["1", "2"]
+    assert table["base/loss"] == ["0.2500", "None"]
+    assert "px" not in table
+
+
+def test_sample_refuses_what_is_no_ensemble(ediffi: Callable[..., tuple], tmp_path: Path) -> None:
+    """A wrong directory is the user's error: a message, no traceback, no pictures."""
+    out = tmp_path / "out"
+    code, _, err = ediffi("sample", str(tmp_path), "--prompt", "a dot", "--out", str(out))
+    assert code == 2
+    assert str(tmp_path) in err
+    assert not out.exists()
+
+
+def test_sample_draws_every_prompt_with_every_seed(
+    ediffi: Callable[..., tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each picture is named by prompt and seed, and its path printed."""
+    import torch
+    from PIL import Image
+
+    drawn = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    generator = Mock(generate=Mock(return_value=drawn))
+    monkeypatch.setattr("ediffi.load", lambda path, device: generator)
+    words = ["--prompt", "one", "--prompt", "two", "--seed", "5", "--seed", "6", "--use", "base"]
+    code, out, _ = ediffi("sample", "model", *words, "--out", str(tmp_path), "--steps", "3")
+    names = ["000-seed5.png", "000-seed6.png", "001-seed5.png", "001-seed6.png"]
+    assert (code, [Path(line).name for line in out.splitlines()]) == (0, names)
+    for index, name in enumerate(names):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.getpixel((0, 0)) == (index, index, index)
+    (prompts,), options = generator.generate.call_args
+    assert prompts == ["one", "one", "two", "two"]
+    assert (options["seeds"], options["model"]) == ([5, 6, 5, 6], "base")
+    assert options["config"].num_steps == 3
+
+
+def test_encoders_need_something_to_fit(ediffi: Callable[..., tuple]) -> None:
+    """A recipe whose encoders are all pretrained has nothing to fit, and says so."""
+    pretrained = [f"--set=encoders.{name}.weights=openai" for name in ("clip_text", "clip_image")]
+    code, _, err = ediffi("encoders", "fit", "demo", "--set", "clip_fit=null", *pretrained)
+    assert code == 2
+    assert "has no `clip_fit:` section" in err
