@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import random
 import signal
@@ -30,7 +29,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks import joined_data
-from benchmarks.interleave import our_versions
+from benchmarks.interleave import our_versions, write_rows
 from benchmarks.report import Row
 from ediffi.storage.shard_format import ShardWriter
 
@@ -186,10 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     sizes = (6, 60, 2) if options.quick else (40, 250, 10)
     rows = measure(*sizes, options.seed)
-    for row in rows:
-        print(f"{row.measure}: {row.ours:.3f} against {row.other:.3f} {row.unit}")
-    if options.json:
-        options.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
+    write_rows(rows, options.json)
 
 
 if __name__ == "__main__":

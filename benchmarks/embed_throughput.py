@@ -15,17 +15,16 @@ Starting processes, importing and loading weights is counted on no side.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.embed_content import Folders, write_all
-from benchmarks.interleave import our_versions, row
+from benchmarks.interleave import our_versions, row, write_rows
 from benchmarks.peers import Peer, environment, version_of
 from benchmarks.report import Row
 
@@ -58,11 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_samples, runs = (64, 1) if options.quick else (options.samples, options.runs)
     command = COMMAND + " --one-core" * options.one_core
     rows = measure_all(num_samples, runs, command)
-    text = json.dumps([asdict(row) for row in rows], indent=1)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    print(text)
+    write_rows(rows, options.json)
     return 0
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 from benchmarks.report import Row
@@ -53,6 +57,23 @@ def row(
 
 
 def our_versions(*packages: str) -> dict[str, str]:
-    """Versions of this project, of Python and of `packages` as installed here."""
-    names = ("ediffi", *packages)
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """Versions of this project, of Python and of `packages` as installed here; the machine."""
+    installed = {name: version(name) for name in ("ediffi", *packages)}
+    return {"machine": _machine(), "python": platform.python_version(), **installed}
+
+
+def _machine() -> str:
+    """Cores and processor, as far as the system tells."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {models[0] if models else platform.processor() or 'CPU'}"
+
+
+def write_rows(rows: Sequence[Row], path: Path | None) -> None:
+    """Print the rows as JSON; also write them to a file, if one is given."""
+    text = json.dumps([asdict(row) for row in rows], indent=1)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    print(text)

@@ -9,16 +9,15 @@ and its two CPUs are compared with our two workers.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.interleave import our_versions, row
+from benchmarks.interleave import our_versions, row, write_rows
 from benchmarks.peers import Peer, environment, version_of
 from benchmarks.report import Row
 
@@ -59,11 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     num_samples, runs = (800, 1) if options.quick else (8000, options.runs)
     rows = measure_all(num_samples, runs)
-    text = json.dumps([asdict(row) for row in rows], indent=1)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    print(text)
+    write_rows(rows, options.json)
     return 0
 
 

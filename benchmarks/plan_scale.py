@@ -19,13 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 
-from benchmarks.interleave import our_versions, row
+from benchmarks.interleave import our_versions, row, write_rows
 from benchmarks.report import Row
 from benchmarks.simulated_store import (
     SMALL_SHARD_SAMPLES,
@@ -216,11 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure((1000,), (20, 60), 1)
     else:
         rows = measure((1000, 100_000), (100, 10_000), 5)
-    text = json.dumps([asdict(one) for one in rows], indent=1)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    print(text)
+    write_rows(rows, options.json)
     return 0
 
 

@@ -9,14 +9,12 @@ epoch, in turn. Then the same with 100,000 shards, a hundred million samples.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.interleave import our_versions, row
+from benchmarks.interleave import our_versions, row, write_rows
 from benchmarks.peers import Peer
 from benchmarks.report import Row
 
@@ -34,11 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs, sizes = (1, (50,)) if options.quick else (options.runs, (1_000, 100_000))
     with TemporaryDirectory(prefix="ediffi-resume-") as folder:
         rows = [_measure(folder, num_shards, runs) for num_shards in sizes]
-    text = json.dumps([asdict(row) for row in rows], indent=1)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    print(text)
+    write_rows(rows, options.json)
     return 0
 
 

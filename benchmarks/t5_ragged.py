@@ -10,11 +10,9 @@ tokens are compared in fp32: a difference beyond TOLERANCE is an error.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.embed_content import captions, write_t5
-from benchmarks.interleave import our_versions, row
+from benchmarks.interleave import our_versions, row, write_rows
 from benchmarks.report import Row
 from ediffi.encoders import load_encoder
 from ediffi.encoding.embedding import embed_shard
@@ -53,11 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_captions, runs = (128, 1) if options.quick else (512, options.runs)
     with TemporaryDirectory(prefix="ediffi-t5-ragged-") as folder:
         rows = measure_all(Path(folder), num_captions, runs)
-    text = json.dumps([asdict(row) for row in rows], indent=1)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    print(text)
+    write_rows(rows, options.json)
     return 0
 
 

@@ -144,7 +144,7 @@ def _donor(unit: Unit, earlier: list[StageRecord]) -> tuple[Receipt, StageRecord
     """What an earlier fingerprint made of the same inputs under the same settings."""
     for record in earlier:
         receipt = record.receipt(unit.id)
-        if receipt is not None and receipt.key == unit.key:
+        if receipt is not None and receipt.key == unit.key and record.holds(receipt):
             return receipt, record
     return None
 

@@ -19,7 +19,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipelines.fingerprint import canonical, file_sha256
-from pipelines.location import Location, duplicate, names_in, publish, remove_tree, write_atomically
+from pipelines.location import (
+    Location,
+    duplicate,
+    location,
+    names_in,
+    publish,
+    remove_tree,
+    write_atomically,
+)
 from pipelines.stage import (
     CIRCUMSTANCES_FILE,
     RECEIPTS_FILE,
@@ -123,6 +131,17 @@ class StageRecord:
         )
         write_atomically(self._receipt_path(unit.id), dump(receipt.to_json()))
         return receipt
+
+    def holds(self, receipt: Receipt) -> bool:
+        """Whether a unit's files are there and as long as its receipt says."""
+        for file in receipt.files:
+            place = location(file.path) if "://" in file.path else self.directory / file.path
+            try:
+                if place.stat().st_size != file.num_bytes:
+                    return False
+            except FileNotFoundError:
+                return False
+        return True
 
     def take_over(self, receipt: Receipt, donor: StageRecord) -> Receipt:
         """Publish what an earlier fingerprint of the stage made under the same key."""

@@ -326,6 +326,18 @@ def test_only_the_unit_whose_key_changed_is_done_again(demo_recipe: Recipe, ledg
     ]
 
 
+def test_a_donor_without_its_file_is_passed_over(demo_recipe: Recipe, ledger: Ledger) -> None:
+    """What an earlier fingerprint has lost, or holds cut short, is made anew."""
+    before = drive(demo_recipe, ledger, {}, shards(a="rows:1", b="rows:2", c="rows:3"))
+    folder = before.states["shards"].planned.record.directory
+    (folder / "a.txt").unlink()
+    (folder / "b.txt").write_text("cut")
+    told = drive(demo_recipe, ledger, {}, shards(a="rows:1", b="rows:2", c="rows:3", d="rows:4"))
+    assert told.error is None
+    assert told.states["shards"].num_taken_over == 1
+    assert [len(told.attempts[f"shards/{unit}"]) for unit in "abcd"] == [1, 1, 0, 1]
+
+
 def test_what_depends_on_an_input_that_was_redone_is_done_again(
     demo_recipe: Recipe, ledger: Ledger
 ) -> None:
