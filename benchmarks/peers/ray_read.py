@@ -34,7 +34,7 @@ def main(action: str, folder: str, num_samples: int, num_workers: int) -> dict[s
     if not ray.is_initialized():
         ray.init(
             address="local",
-            num_cpus=2,
+            num_cpus=8,  # logical: four zipped reads on two have waited for each other for good
             include_dashboard=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
