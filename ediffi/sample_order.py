@@ -59,8 +59,8 @@ class SampleOrder:
         self.window_shards = window_shards
         self._shard_sizes = sizes
         self._shard_starts = np.cumsum(sizes) - sizes
-        self._epoch = self._plan_epoch(0)
-        self._window = self._shuffle_window(self._epoch, 0)
+        self._epoch: _Epoch | None = None  # planned when first asked for, wherever that is
+        self._window: _Window | None = None
 
     def __getitem__(self, global_index: int) -> int:
         """Return the sample index, in [0, num_samples)."""
@@ -68,13 +68,13 @@ class SampleOrder:
             raise IndexError(f"global_index must be at least 0, got {global_index}")
         epoch_index, position = divmod(global_index, self.num_samples)
         window = self._window  # read once: another thread may replace it
-        if not (window.epoch_index == epoch_index and 0 <= position - window.start < window.size):
+        if window is None or not window.holds(epoch_index, position):
             window = self._window = self._find_window(epoch_index, position)
         return int(window.sample_indices[position - window.start])
 
     def _find_window(self, epoch_index: int, position: int) -> _Window:
         epoch = self._epoch
-        if epoch.index != epoch_index:
+        if epoch is None or epoch.index != epoch_index:
             epoch = self._epoch = self._plan_epoch(epoch_index)
         return self._shuffle_window(
             epoch, int(np.searchsorted(epoch.window_ends, position, side="right"))
@@ -128,6 +128,7 @@ class _Window:
     start: int  # position in the epoch
     sample_indices: NDArray[np.int64]
 
-    @property
-    def size(self) -> int:
-        return len(self.sample_indices)
+    def holds(self, epoch_index: int, position: int) -> bool:
+        """Whether a position of an epoch lies in this window."""
+        offset = position - self.start
+        return self.epoch_index == epoch_index and 0 <= offset < len(self.sample_indices)

@@ -49,9 +49,10 @@ def check_files(files: Iterable[ShardFile], *, verify: Verify, seed: int) -> Non
 
 def _wrong_sizes(files: list[ShardFile]) -> Iterator[str]:
     addresses = [str(file.location) for file in files]
-    remote_sizes = remote.sizes_in_folders([a for a in addresses if remote.is_remote(a)])
+    urls = {address for address in addresses if remote.is_remote(address)}
+    remote_sizes = remote.sizes_in_folders(sorted(urls))
     for file, address in zip(files, addresses):
-        found = remote_sizes.get(address) if remote.is_remote(address) else _local_size(address)
+        found = remote_sizes.get(address) if address in urls else _local_size(address)
         if found is None:
             required = f"{file.num_bytes} bytes recorded" if file.num_bytes else "a tar required"
             yield f"{address}: {required}, no such file found; produce it again"
