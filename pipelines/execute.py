@@ -73,11 +73,12 @@ def execute(
             "that every node mounts"
         )
     before = record.receipt(task.unit.id)
-    if before is not None and before.key == task.unit.key and not task.is_retry:
-        return before
     earlier = [ledger.stage(task.stage.name, address) for address in task.earlier]
-    if task.unit.key and not task.is_retry and (donor := _donor(task.unit, earlier)) is not None:
-        return record.take_over(*donor)
+    if not task.is_retry:
+        if before is not None and before.key == task.unit.key:
+            return before
+        if (donor := _donor(task.unit, earlier)) is not None:
+            return record.take_over(*donor)
     with Durable(record.durable_path(task.unit.id)) as durable, _scratch(ledger) as scratch:
 
         def report(row: Mapping[str, float]) -> None:
@@ -97,18 +98,23 @@ def execute(
             directory=record.directory,
             report=report,
         )
-        start = time.monotonic()
-        outcome = task.stage.run(task.unit, workspace)
-        if rank != 0:
-            return None
-        return record.publish(
-            task.unit,
-            outcome,
-            scratch,
-            seconds=time.monotonic() - start,
-            attempt=task.attempt,
-            reason=_reason(task, before, earlier),
-        )
+        return _run(task, workspace, reason=_reason(task, before, earlier))
+
+
+def _run(task: Task, workspace: Workspace, *, reason: str) -> Receipt | None:
+    """Do the unit; on rank 0 publish it."""
+    start = time.monotonic()
+    outcome = task.stage.run(task.unit, workspace)
+    if workspace.rank != 0:
+        return None
+    return task.record.publish(
+        task.unit,
+        outcome,
+        workspace.scratch,
+        seconds=time.monotonic() - start,
+        attempt=task.attempt,
+        reason=reason,
+    )
 
 
 class _Inputs(Mapping[str, Manifest]):
@@ -142,7 +148,7 @@ def _scratch(ledger: Ledger) -> Iterator[Path]:
 
 def _donor(unit: Unit, earlier: list[StageRecord]) -> tuple[Receipt, StageRecord] | None:
     """What an earlier fingerprint made of the same inputs under the same settings."""
-    for record in earlier:
+    for record in earlier if unit.key else ():
         receipt = record.receipt(unit.id)
         if receipt is not None and receipt.key == unit.key and record.holds(receipt):
             return receipt, record

@@ -90,3 +90,4 @@ def test_a_second_place_replaces_what_is_there(place: Location, tmp_path: Path) 
 def test_removing_what_is_not_there_does_nothing(place: Location) -> None:
     """Clearing up twice is no error."""
     remove_tree(place / "nothing")
+    assert not (place / "nothing").exists()
