@@ -1,5 +1,7 @@
 """Series of runs become one row: medians, ratio, spread of the per-run ratios."""
 
+import os
+
 import pytest
 
 from benchmarks.interleave import our_versions, row
@@ -31,5 +33,7 @@ def test_runs_come_in_pairs() -> None:
 
 
 def test_versions_name_what_was_measured() -> None:
-    """Python, this project, and what was asked for."""
-    assert our_versions("torch").keys() == {"python", "ediffi", "torch"}
+    """The machine, Python, this project, and what was asked for."""
+    versions = our_versions("torch")
+    assert versions.keys() == {"machine", "python", "ediffi", "torch"}
+    assert versions["machine"].startswith(f"{os.cpu_count()} x ")
