@@ -53,6 +53,15 @@ class File:
     sha256: str
     num_bytes: int
 
+    @property
+    def is_adopted(self) -> bool:
+        """Whether it lies where somebody else put it."""
+        return self.path.startswith("/") or "://" in self.path
+
+    def place(self, directory: Location) -> Location:
+        """Where it lies, for a stage in `directory`."""
+        return location(self.path) if "://" in self.path else directory / self.path
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -198,7 +207,7 @@ class Manifest:
 
     def path(self, file: File) -> Location:
         """Where a file of this stage lies (adopted files keep their own place)."""
-        return location(file.path) if "://" in file.path else self.directory / file.path
+        return file.place(self.directory)
 
     def location(self, file: File) -> str:
         """Absolute path or URL of a file of this stage."""
@@ -259,12 +268,11 @@ class Workspace:
     world_size: int = 1
     previous: Receipt | None = None  # of this unit, when it is retried; its files are in place
     directory: Location = Path()  # of the stage: where the previous files lie
-    save_durable: Callable[[], None] = lambda: None  # call when `durable` is worth keeping
     report: Callable[[Mapping[str, float]], None] = lambda row: None
 
     def previous_path(self, file: File) -> Location:
         """Where a file of the previous receipt lies."""
-        return location(file.path) if "://" in file.path else self.directory / file.path
+        return file.place(self.directory)
 
 
 class Stage(Protocol):

@@ -22,7 +22,6 @@ from pipelines.fingerprint import canonical, file_sha256
 from pipelines.location import (
     Location,
     duplicate,
-    location,
     names_in,
     publish,
     remove_tree,
@@ -72,19 +71,32 @@ class StageRecord:
         """Note what this folder stands for and what its inputs hold, before any work is done.
 
         Returns:
-            Whether receipts found here were made from these very contents. If not, the manifest
-            and unfinished work are gone afterwards; which receipts still hold, their keys say.
+            Whether all receipts found here were made from these very contents. If they changed
+            since, the manifest and unfinished work are gone afterwards; which receipts still hold
+            their keys say, now and after any crash.
         """
         path = self.directory / "identity.json"
-        document = dump({"identity": identity, "input_contents": dict(input_contents)})
-        if path.exists():
-            before = json.loads(path.read_text())
-            if before["input_contents"] == dict(input_contents):
-                return True
+        noted = self._noted()
+        if noted is not None:
+            if noted["input_contents"] == dict(input_contents):
+                return self.is_trusted(input_contents)
             (self.directory / "manifest.json").unlink(missing_ok=True)
             remove_tree(self.directory / "durable")
-        write_atomically(path, document)
-        return False
+        document = {"identity": identity, "input_contents": dict(input_contents)}
+        write_atomically(path, dump({**document, "is_trusted": noted is None}))
+        return noted is None
+
+    def is_trusted(self, input_contents: Mapping[str, str]) -> bool:
+        """Whether all receipts here were made from these contents, without a look at their keys."""
+        noted = self._noted() or {"input_contents": None}
+        return noted["input_contents"] == dict(input_contents) and bool(noted.get("is_trusted"))
+
+    def _noted(self) -> Json:
+        """What `open` wrote; None if it never did."""
+        try:
+            return json.loads((self.directory / "identity.json").read_text())
+        except FileNotFoundError:
+            return None
 
     def receipt(self, unit_id: str) -> Receipt | None:
         """The unit's receipt, or None if it is not done."""
@@ -135,9 +147,8 @@ class StageRecord:
     def holds(self, receipt: Receipt) -> bool:
         """Whether a unit's files are there and as long as its receipt says."""
         for file in receipt.files:
-            place = location(file.path) if "://" in file.path else self.directory / file.path
             try:
-                if place.stat().st_size != file.num_bytes:
+                if file.place(self.directory).stat().st_size != file.num_bytes:
                     return False
             except FileNotFoundError:
                 return False
@@ -147,7 +158,7 @@ class StageRecord:
         """Publish what an earlier fingerprint of the stage made under the same key."""
         self.forget(receipt.unit)
         for file in receipt.files:
-            if not (file.path.startswith("/") or "://" in file.path):
+            if not file.is_adopted:
                 duplicate(donor.directory / file.path, self.directory / file.path)
         taken = replace(receipt, taken_from=receipt.taken_from or donor.fingerprint)
         write_atomically(self._receipt_path(receipt.unit), dump(taken.to_json()))

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipelines.errors import UserError
 from pipelines.ledger import Ledger
-from pipelines.location import Location, location
+from pipelines.location import Location
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import CacheRecipe
 from pipelines.recipe_file import resolved_recipe
@@ -54,7 +54,7 @@ class Found:
 
     def path(self, file: File) -> Location:
         """Where a file of one of its receipts lies."""
-        return location(file.path) if "://" in file.path else self.record.directory / file.path
+        return file.place(self.record.directory)
 
     def local_path(self, file: File) -> Path:
         """The file on this machine: where it lies, or a verified copy in the local cache."""

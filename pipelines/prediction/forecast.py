@@ -57,7 +57,7 @@ def forecast(
     inputs = {name: manifests[name] for name in planned.inputs}
     record, contents = planned.record, contents_of(planned.inputs, inputs)
     trusted, keys = set[str](), dict[str, str]()
-    if _is_trusted(record, contents):
+    if record.is_trusted(contents):
         trusted = record.done_units()
     else:
         keys = dict(_keys(record))
@@ -74,15 +74,6 @@ def forecast(
             parts = changed_parts(before[0], unit.key) if before else []
             found.add(unit, f"{', '.join(parts)} changed" if parts else "", shard_images)
     return found
-
-
-def _is_trusted(record: StageRecord, contents: Mapping[str, str]) -> bool:
-    """Whether its receipts were made from what the inputs hold now."""
-    try:
-        noted = json.loads((record.directory / "identity.json").read_text())
-    except FileNotFoundError:
-        return False
-    return noted["input_contents"] == dict(contents)
 
 
 def _keys(record: StageRecord) -> Iterator[tuple[str, str]]:
