@@ -5,23 +5,12 @@ Unknown fields are errors. What things take is said in `resources`, which enters
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    PositiveInt,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from ediffi.noise import NoiseInterval, SigmaDistribution, check_tiling, paper_intervals
-from ediffi.train.config import TrainConfig
 from pipelines.recipe_data import (
     Data,
-    Finite,
     Fraction,
     HeldOut,
     Name,
@@ -33,12 +22,18 @@ from pipelines.recipe_data import (
     Section,
     UrlList,
 )
+from pipelines.recipe_model import Network, Noise
+from pipelines.recipe_training import Experts, Interval, TrainConfig
 
-__all__ = ["HeldOut", "PictureFolder", "Pictures", "ReadyShards", "Recipe", "UrlList"]
-
-# A misspelt field must be an error in the model library's own dataclasses too.
-TrainConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-
+__all__ = [
+    "HeldOut",
+    "Interval",
+    "PictureFolder",
+    "Pictures",
+    "ReadyShards",
+    "Recipe",
+    "UrlList",
+]
 
 # -- encoders and conditioning ------------------------------------------------------------------
 
@@ -77,78 +72,6 @@ class ClipFit(Section):
     batch_images: PositiveInt = 128
     width: PositiveInt = 64
     lr: Positive = 2e-3
-
-
-# -- model and training -------------------------------------------------------------------------
-
-
-class Noise(Section):
-    """ln sigma ~ N(log_mean, log_std^2); `sigma_data` is the standard deviation of the data."""
-
-    log_mean: Finite = -1.2
-    log_std: Positive = 1.2
-    sigma_data: Positive = 0.5
-
-    @property
-    def distribution(self) -> SigmaDistribution:
-        return SigmaDistribution(log_mean=self.log_mean, log_std=self.log_std)
-
-
-class Network(Section):
-    """Size of the U-Net. Resolutions count pixels of the feature map, after pixel-unshuffle."""
-
-    patch_px: PositiveInt = 1
-    widths: tuple[PositiveInt, ...]
-    num_blocks: PositiveInt = 3
-    self_attention_px: tuple[PositiveInt, ...] = ()
-    cross_attention_px: tuple[PositiveInt, ...] = ()
-    head_width: PositiveInt = 64
-    context_width: PositiveInt
-    embedding_width: PositiveInt
-
-
-class Interval(Section):
-    """One expert's share of the noise: edges by quantile of p(sigma), or by sigma itself."""
-
-    name: Name
-    quantiles: tuple[Fraction, Fraction] | None = None
-    sigma: tuple[NonNegative, float] | None = None
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Interval:
-        if (self.quantiles is None) == (self.sigma is None):
-            raise ValueError(f"interval {self.name!r}: give either `quantiles` or `sigma`")
-        return self
-
-    @field_serializer("sigma", when_used="json")
-    def _write_infinity(self, sigma: tuple[float, float] | None) -> list[float | str] | None:
-        # JSON has no infinity: it is written as the string "inf", which reads back as the number
-        return None if sigma is None else [str(one) if math.isinf(one) else one for one in sigma]
-
-    def resolve(self, distribution: SigmaDistribution) -> NoiseInterval:
-        if self.quantiles is not None:
-            return NoiseInterval.from_quantiles(*self.quantiles, distribution)
-        assert self.sigma is not None
-        return NoiseInterval(*self.sigma)
-
-
-class Experts(Section):
-    """How the noise axis is split, and how each expert is fine-tuned from the base."""
-
-    split: Literal["paper"] | tuple[Interval, ...] = "paper"
-    train: TrainConfig
-
-    def intervals(self, distribution: SigmaDistribution) -> dict[str, NoiseInterval]:
-        """The experts' noise intervals by name. Raises ValueError unless they tile the axis."""
-        if self.split == "paper":
-            return paper_intervals(distribution)
-        names = [interval.name for interval in self.split]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"experts.split: two intervals are named {name!r}")
-        intervals = {interval.name: interval.resolve(distribution) for interval in self.split}
-        check_tiling(intervals)
-        return intervals
 
 
 # -- sampling and evaluation --------------------------------------------------------------------
