@@ -128,13 +128,19 @@ class Stream:
 class Conditioning:
     """The streams of one batch, by name. Every method returns a new object.
 
-    `batch_size` is explicit so that an unconditional model (no streams) has one too.
+    `batch_size` is explicit so that an unconditional model (no streams) has one too. What a
+    super-resolution model enlarges is no stream: nothing drops it.
     """
 
     streams: dict[str, Stream]
     batch_size: int
+    low_res_BCHW: Tensor | None = None  # pictures in [-1, 1] to be enlarged, (B, 3, h, w)
 
     def __post_init__(self) -> None:
+        if self.low_res_BCHW is not None and len(self.low_res_BCHW) != self.batch_size:
+            raise ValueError(
+                f"low_res_BCHW must have batch_size {self.batch_size}, got {len(self.low_res_BCHW)}"
+            )
         for name, stream in self.streams.items():
             for part in (stream.tokens_BTD, stream.mask_BT, stream.pooled_BD):
                 if part is not None and len(part) != self.batch_size:
@@ -144,12 +150,13 @@ class Conditioning:
 
     def _map(self, function: Callable[[Tensor], Tensor], batch_size: int) -> Conditioning:
         streams = {name: stream.map(function) for name, stream in self.streams.items()}
-        return Conditioning(streams, batch_size)
+        low_res_BCHW = None if self.low_res_BCHW is None else function(self.low_res_BCHW)
+        return Conditioning(streams, batch_size, low_res_BCHW)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Conditioning:
-        """Move to `device`; `dtype` applies to tokens and pooled vectors, masks stay bool."""
+        """Move to `device`; `dtype` applies to tokens, vectors and pictures, masks stay bool."""
 
         def move(part: Tensor) -> Tensor:
             return part.to(device=device, dtype=dtype if part.is_floating_point() else None)
@@ -170,12 +177,15 @@ class Conditioning:
 
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-        """Join batches, padding shorter token sequences; ValueError if their streams differ."""
+        """Join batches, padding shorter token sequences; ValueError if they hold other things."""
         names = [list(part.streams) for part in parts]
         if not parts or any(sorted(other) != sorted(names[0]) for other in names):
             raise ValueError(f"conditionings to join must have the same streams, got {names}")
         streams = {name: _join(name, [part.streams[name] for part in parts]) for name in names[0]}
-        return Conditioning(streams, sum(part.batch_size for part in parts))
+        low_res_BCHW = _join_present(
+            [part.low_res_BCHW for part in parts], "only some batches have low_res_BCHW"
+        )
+        return Conditioning(streams, sum(part.batch_size for part in parts), low_res_BCHW)
 
     def drop(self, keep: Mapping[str, Tensor]) -> Conditioning:
         """Drop streams per sample: `keep[name]` is bool (B,); streams not named are kept."""
@@ -187,29 +197,32 @@ class Conditioning:
             name: stream.drop(keep[name]) if name in keep else stream
             for name, stream in self.streams.items()
         }
-        return Conditioning(streams, self.batch_size)
+        return Conditioning(streams, self.batch_size, self.low_res_BCHW)
 
     def null(self) -> Conditioning:
         """Drop every stream of every sample: what the unconditional branch is given."""
-        return self._map(torch.zeros_like, self.batch_size)
+        streams = {name: stream.map(torch.zeros_like) for name, stream in self.streams.items()}
+        return Conditioning(streams, self.batch_size, self.low_res_BCHW)
 
 
 def _join(name: str, streams: Sequence[Stream]) -> Stream:
     """Concatenate one stream of several batches along the batch."""
     lengths = [0 if stream.tokens_BTD is None else stream.tokens_BTD.shape[1] for stream in streams]
     padded = [stream.pad(max(lengths)) for stream in streams]
-
-    def join(parts: Sequence[Tensor | None]) -> Tensor | None:
-        present = [part for part in parts if part is not None]
-        if present and len(present) < len(parts):
-            raise ValueError(f"stream {name} has tokens or pooled vectors in only some batches")
-        return torch.cat(present) if present else None
-
+    problem = f"stream {name} has tokens or pooled vectors in only some batches"
     return Stream(
-        join([stream.tokens_BTD for stream in padded]),
-        join([stream.mask_BT for stream in padded]),
-        join([stream.pooled_BD for stream in padded]),
+        _join_present([stream.tokens_BTD for stream in padded], problem),
+        _join_present([stream.mask_BT for stream in padded], problem),
+        _join_present([stream.pooled_BD for stream in padded], problem),
     )
+
+
+def _join_present(parts: Sequence[Tensor | None], problem: str) -> Tensor | None:
+    """Concatenate tensors that are all there or all absent; ValueError with `problem` else."""
+    present = [part for part in parts if part is not None]
+    if present and len(present) < len(parts):
+        raise ValueError(problem)
+    return torch.cat(present) if present else None
 
 
 def collate(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ediffi.conditioning import Conditioning
+from ediffi.network import NetworkConfig, network_from_json, network_to_json
 from ediffi.noise import NoiseInterval, SigmaDistribution, check_tiling
 from ediffi.preconditioning import Denoiser, Preconditioning
 from ediffi.snapshot import (
@@ -36,7 +37,6 @@ from ediffi.snapshot import (
     read_snapshot,
     verify_sha256,
 )
-from ediffi.unet import UNetConfig
 
 FORMAT = 1
 RECORD_NAME = "ensemble.json"
@@ -150,7 +150,7 @@ class EnsembleInfo:
     """Everything `ensemble.json` says."""
 
     experts: tuple[WeightsRecord, ...]  # from the least to the most noisy
-    network: UNetConfig
+    network: NetworkConfig
     preconditioning: Preconditioning
     distribution: SigmaDistribution
     encoders: Mapping[str, Any]  # stream name -> what produced its embeddings, free-form JSON
@@ -172,7 +172,7 @@ class EnsembleInfo:
         """Return the fields as JSON values; `base` only when there is one."""
         record = {
             "experts": [expert.to_json() for expert in self.experts],
-            "network": self.network.to_json(),
+            "network": network_to_json(self.network),
             "preconditioning": self.preconditioning.to_json(),
             "distribution": self.distribution.to_json(),
             "encoders": dict(self.encoders),
@@ -184,7 +184,7 @@ class EnsembleInfo:
         """Inverse of `to_json`; missing fields raise KeyError."""
         return cls(
             experts=tuple(WeightsRecord.from_json(expert) for expert in record["experts"]),
-            network=UNetConfig.from_json(record["network"]),
+            network=network_from_json(record["network"]),
             preconditioning=Preconditioning.from_json(record["preconditioning"]),
             distribution=SigmaDistribution.from_json(record["distribution"]),
             encoders=record["encoders"],

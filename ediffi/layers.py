@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ediffi.conditioning import Conditioning, Stream, StreamConfig
 
@@ -44,9 +45,59 @@ def fourier_features(c_noise_B: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def noise_mlp(in_width: int, embedding_width: int) -> nn.Sequential:
+    """Return the two layers from Fourier features to the noise embedding."""
+    return nn.Sequential(
+        nn.Linear(in_width, embedding_width),
+        nn.SiLU(),
+        nn.Linear(embedding_width, embedding_width),
+    )
+
+
+def embed(
+    mlp: nn.Sequential, streams: StreamProjections, c_noise_B: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """Return the activated (B, embedding_width) sum of noise embedding and pooled vectors.
+
+    Args:
+        mlp: of `noise_mlp`.
+        streams: the network's.
+        c_noise_B: ln(sigma) / 4.
+        conditioning: of the batch.
+    """
+    first = mlp[0]
+    assert isinstance(first, nn.Linear)
+    embedding_BD = mlp(fourier_features(c_noise_B, first.in_features))
+    for pooled_BD in streams.embed(conditioning):
+        embedding_BD = embedding_BD + pooled_BD
+    return functional.silu(embedding_BD)
+
+
+def apply(block: nn.Module, *inputs: object, recompute: bool) -> Tensor:
+    """Call a block; with `recompute` its activations are computed again backwards, not kept.
+
+    Gradients are equal bit by bit: nothing in a block is random.
+    """
+    if recompute and torch.is_grad_enabled():
+        output: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return output
+    return block(*inputs)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation in float32, as autocast has it on GPUs; returns the input's dtype.
+
+    On a CPU torch's bf16 kernel for channels-last takes three to six times as long.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        return super().forward(x_BCHW.float()).to(x_BCHW.dtype)
+
+
 def group_norm(width: int, affine: bool = True) -> nn.GroupNorm:
     """Return ADM's 32 groups, or fewer for narrow layers: a group never has under 4 channels."""
-    return nn.GroupNorm(math.gcd(32, width // 4), width, affine=affine)
+    return GroupNorm(math.gcd(32, width // 4), width, affine=affine)
 
 
 def attention(

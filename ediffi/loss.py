@@ -23,6 +23,12 @@ from ediffi.conditioning import Conditioning
 from ediffi.noise import NoiseInterval, SigmaDistribution
 from ediffi.preconditioning import DenoiserFn, Preconditioning
 
+# Of every run, training and evaluation alike, whatever its own seed: their figures are comparable
+# draw by draw only because the draws are the same.
+NUM_SIGMA_BINS = 8
+HELD_OUT_SEED = 0
+HELD_OUT_LOSS = "held_out_loss"
+
 
 def denoising_loss(
     denoiser: DenoiserFn,
@@ -106,17 +112,41 @@ def loss_by_sigma_bin(
     for first_index, images_BCHW, conditioning in _first_samples(batches, draws_per_bin):
         indices = range(first_index, first_index + len(images_BCHW))
         for bin_index, interval in enumerate(bins):
-            u_B, noise_BCHW = _paired_draws(seed, indices, bin_index, images_BCHW.shape[1:])
-            sigma_B = distribution.sigma_at(u_B, interval).to(images_BCHW.device)
-            noise_BCHW = noise_BCHW.to(images_BCHW.device)
+            sigma_B, noise_BCHW = paired_draws(
+                distribution, interval, images_BCHW.shape[1:], seed, indices, bin_index
+            )
             loss_B = denoising_loss(
-                denoiser, images_BCHW, sigma_B, noise_BCHW, conditioning, preconditioning
+                denoiser,
+                images_BCHW,
+                sigma_B.to(images_BCHW.device),
+                noise_BCHW.to(images_BCHW.device),
+                conditioning,
+                preconditioning,
             )
             losses[bin_index].append(loss_B.double().cpu())
     return [
         _bin_loss(index, interval, torch.cat(parts))
         for index, (interval, parts) in enumerate(zip(bins, losses))
     ]
+
+
+def held_out_metrics(losses: Sequence[BinLoss]) -> dict[str, float]:
+    """The report under the names that training, and every model's evaluation, give it.
+
+    Returns:
+        "held_out_loss", the mean over p(sigma), and "held_out_loss/sigma_bin_00" and on.
+    """
+    bins = {sigma_bin_key(HELD_OUT_LOSS, one.index, len(losses)): one.mean for one in losses}
+    return {HELD_OUT_LOSS: sum(bins.values()) / len(bins), **bins}
+
+
+def sigma_bin_key(name: str, bin_index: int, num_bins: int = NUM_SIGMA_BINS) -> str:
+    """Name of a figure of one noise bin, as in `loss/sigma_bin_03`; 0 is the least noisy.
+
+    Bins of other numbers are other bins, and say so: `loss/sigma_bin_03_of_16`.
+    """
+    other = "" if num_bins == NUM_SIGMA_BINS else f"_of_{num_bins}"
+    return f"{name}/sigma_bin_{bin_index:02d}{other}"
 
 
 def _first_samples(
@@ -141,17 +171,34 @@ def _first_samples(
     )
 
 
-def _paired_draws(
-    seed: int, sample_indices: Sequence[int], bin_index: int, shape_CHW: Sequence[int]
+def paired_draws(
+    distribution: SigmaDistribution,
+    interval: NoiseInterval,
+    shape_CHW: Sequence[int],
+    seed: int,
+    sample_indices: Sequence[int],
+    stratum: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return uniform (B,) float64 and standard normal (B, C, H, W) float32, each sample's own."""
+    """Noise levels and noise of some samples, each a function of (seed, sample, stratum) alone.
+
+    Args:
+        distribution: what the noise levels follow.
+        interval: where they lie; one of `sigma_bins` for the report.
+        shape_CHW: of a picture.
+        seed: not negative.
+        sample_indices: one draw for each.
+        stratum: the bin's number; another one gives other noise.
+
+    Returns:
+        sigma_B (B,) float32 and standard normal noise_BCHW float32, on the CPU.
+    """
     generators = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index, bin_index))))
+        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index, stratum))))
         for index in sample_indices
     ]
     u_B = torch.tensor([generator.random() for generator in generators], dtype=torch.float64)
     noise = [generator.standard_normal(shape_CHW, dtype=np.float32) for generator in generators]
-    return u_B, torch.from_numpy(np.stack(noise))
+    return distribution.sigma_at(u_B, interval), torch.from_numpy(np.stack(noise))
 
 
 def _bin_loss(index: int, interval: NoiseInterval, loss_N: Tensor) -> BinLoss:

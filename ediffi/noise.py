@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Keeps the inverse CDF finite at both ends; 1 - 2^-53 is the largest float64 below one.
 _SMALLEST_U = 2.0**-53
+# Edges of deeper nodes differ from 1 by less than a float64 can tell.
+_DEEPEST_LEVEL = 52
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,10 @@ class NoiseInterval:
         sigma_B = sigma_B.double()  # a float32 comparison would round the edges themselves
         return (sigma_B >= self.sigma_min) & (sigma_B < self.sigma_max)
 
+    def covers(self, other: NoiseInterval) -> bool:
+        """Whether every noise level of `other` lies in this interval too."""
+        return self.sigma_min <= other.sigma_min and other.sigma_max <= self.sigma_max
+
     def mass(self, distribution: SigmaDistribution) -> float:
         """Probability that `distribution` puts on the interval."""
         if distribution.cdf(self.sigma_min) > 0.5:
@@ -192,6 +198,30 @@ def tree_node(level: int, index: int, distribution: SigmaDistribution) -> NoiseI
         )
     slices = 2**level
     return NoiseInterval.from_quantiles(index / slices, (index + 1) / slices, distribution)
+
+
+def ancestors(interval: NoiseInterval, distribution: SigmaDistribution) -> dict[str, NoiseInterval]:
+    """Tree nodes that hold all of `interval`, from level 1 on, coarse to fine, by name `E<l>_<i>`.
+
+    The whole axis (level 0) and a node equal to `interval` are left out: the first is the base, the
+    second the interval itself. E^9_511 of the paper has eight ancestors, E^1_1 to E^8_255, and an
+    interval that holds the median has none.
+    """
+    nodes: dict[str, NoiseInterval] = {}
+    low, high, index = 0.0, math.inf, 0
+    for level in range(1, _DEEPEST_LEVEL + 1):
+        index = 2 * index
+        middle = distribution.quantile((index + 1) / 2**level)
+        if interval.sigma_min >= middle:
+            low, index = middle, index + 1
+        elif interval.sigma_max <= middle:
+            high = middle
+        else:
+            break
+        if (node := NoiseInterval(low, high)) == interval:
+            break
+        nodes[f"E{level}_{index}"] = node
+    return nodes
 
 
 def paper_intervals(distribution: SigmaDistribution) -> dict[str, NoiseInterval]:

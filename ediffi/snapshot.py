@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ediffi.network import NetworkConfig, build_network, network_from_json, network_to_json
 from ediffi.noise import WHOLE, NoiseInterval, SigmaDistribution
 from ediffi.preconditioning import Denoiser, Preconditioning
-from ediffi.unet import UNet, UNetConfig
 
 FORMAT = 1
 RECORD_NAME = "snapshot.json"
@@ -38,7 +38,7 @@ class SnapshotError(ValueError):
 class Snapshot:
     """What a set of weights is: enough to rebuild the denoiser and place it on the sigma axis."""
 
-    network: UNetConfig
+    network: NetworkConfig
     preconditioning: Preconditioning
     distribution: SigmaDistribution
     interval: NoiseInterval = WHOLE  # the slice it was trained on
@@ -52,7 +52,7 @@ class Snapshot:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return {
-            "network": self.network.to_json(),
+            "network": network_to_json(self.network),
             "preconditioning": self.preconditioning.to_json(),
             "distribution": self.distribution.to_json(),
             "interval": self.interval.to_json(),
@@ -63,7 +63,7 @@ class Snapshot:
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         """Inverse of `to_json`; missing fields raise KeyError."""
         return cls(
-            network=UNetConfig.from_json(record["network"]),
+            network=network_from_json(record["network"]),
             preconditioning=Preconditioning.from_json(record["preconditioning"]),
             distribution=SigmaDistribution.from_json(record["distribution"]),
             interval=NoiseInterval.from_json(record["interval"]),
@@ -83,7 +83,7 @@ def save_snapshot(directory: Path, snapshot: Snapshot, state: Mapping[str, Tenso
         ValueError: `state` does not fit `snapshot.network`.
     """
     with torch.device("meta"):
-        check_state(UNet(snapshot.network), state)
+        check_state(build_network(snapshot.network), state)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     directory.mkdir(parents=True, exist_ok=True)
     # A kill between the two writes must leave no record that vouches for other weights.
@@ -114,7 +114,7 @@ def read_snapshot(directory: Path) -> tuple[Snapshot, str]:
 
 
 def load_denoiser(
-    weights_path: Path, sha256: str, network: UNetConfig, preconditioning: Preconditioning
+    weights_path: Path, sha256: str, network: NetworkConfig, preconditioning: Preconditioning
 ) -> Denoiser:
     """Build a denoiser from one weights file after checking the file's sha256.
 
@@ -125,14 +125,14 @@ def load_denoiser(
     """
     verify_sha256(weights_path, sha256)
     with torch.random.fork_rng(devices=[]):
-        unet = UNet(network)
+        built = build_network(network)
     try:
         state = load_file(weights_path)
-        check_state(unet, state)
+        check_state(built, state)
     except (SafetensorError, ValueError) as error:
         raise SnapshotError(f"{weights_path}: {error}") from error
-    unet.load_state_dict(state)
-    return Denoiser(unet, preconditioning).eval()
+    built.load_state_dict(state)
+    return Denoiser(built, preconditioning).eval()
 
 
 def check_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -9,23 +9,33 @@ Shapes: B batch, C channels, H W picture or feature map, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ediffi.conditioning import Conditioning, StreamConfig, check_json_keys
+from ediffi.conditioning import Conditioning, StreamConfig
 from ediffi.layers import (
     Context,
     CrossAttention,
     ResidualBlock,
     SelfAttention,
     StreamProjections,
-    fourier_features,
+    apply,
+    embed,
     group_norm,
+    noise_mlp,
+)
+from ediffi.network_config import (
+    check_attention,
+    check_positive,
+    check_streams,
+    check_widths,
+    config_to_json,
+    config_values,
 )
 
 
@@ -50,56 +60,18 @@ class UNetConfig:
     streams: tuple[StreamConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_sizes()
-        self._check_attention()
-        self._check_streams()
-
-    def _check_sizes(self) -> None:
-        positive = ("image_px", "image_channels", "patch_px", "num_blocks")
-        for name in (*positive, "head_width", "context_width", "embedding_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.widths or any(width < 4 or width % 4 for width in self.widths):
-            raise ValueError(
-                f"widths must be one or more positive multiples of 4, got {self.widths}"
-            )
+        """Check every field; ValueError names it, what was required and found."""
+        check_positive(self, ("image_px", "image_channels", "patch_px", "num_blocks"))
+        check_positive(self, ("head_width", "context_width", "embedding_width"))
+        check_widths(self.widths)
         factor = self.patch_px * 2 ** (len(self.widths) - 1)
         if self.image_px % factor:
             raise ValueError(
                 f"image_px must be divisible by patch_px * 2^(levels - 1) = {factor}, "
                 f"got {self.image_px}; use fewer widths or a smaller patch_px"
             )
-
-    def _check_attention(self) -> None:
-        for name in ("self_attention_px", "cross_attention_px"):
-            if unknown := [px for px in getattr(self, name) if px not in self.level_px]:
-                raise ValueError(
-                    f"{name} must list feature-map resolutions of this network, "
-                    f"{_listed(self.level_px)}; got {_listed(unknown)}"
-                )
-        for px, width in zip(self.level_px, self.widths, strict=True):
-            has_attention = px in self.self_attention_px or px in self.cross_attention_px
-            if has_attention and width % self.head_width:
-                raise ValueError(
-                    f"head_width must divide every width with attention, got {self.head_width} "
-                    f"and width {width} at {px} px; use a divisor of {width}"
-                )
-
-    def _check_streams(self) -> None:
-        names = [stream.name for stream in self.streams]
-        if len(set(names)) < len(names):
-            raise ValueError(f"streams must have distinct names, got {', '.join(names)}")
-        attended = [stream.name for stream in self.streams if stream.has_context]
-        if attended and not self.cross_attention_px:
-            raise ValueError(
-                f"streams {', '.join(attended)} have tokens but nothing attends to them; set "
-                f"cross_attention_px to some of {_listed(self.level_px)}"
-            )
-        if self.cross_attention_px and not attended:
-            raise ValueError(
-                f"cross_attention_px is {_listed(self.cross_attention_px)} but no stream has "
-                "tokens; add a stream with token_width, or clear cross_attention_px"
-            )
+        check_attention(self)
+        check_streams(self)
 
     @property
     def level_px(self) -> tuple[int, ...]:
@@ -110,24 +82,12 @@ class UNetConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return config_to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> UNetConfig:
         """Read what `to_json` wrote; ValueError on an unknown field."""
-        check_json_keys(cls, data)
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-        }
-        streams = tuple(StreamConfig.from_json(stream) for stream in values.pop("streams", ()))
-        return cls(**values, streams=streams)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
+        return cls(**config_values(cls, data))
 
 
 class Block(nn.Module):
@@ -161,18 +121,18 @@ class UNet(nn.Module):
 
     The last convolution starts at zero, so that F = 0 at initialisation. Residual branches do not,
     unlike in ADM: zeroing them slowed a short training of a small network.
+
+    Attributes:
+        gradient_checkpointing: compute the activations of blocks again backwards, not keep them.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         widths = config.widths
         patch_channels = config.image_channels * config.patch_px**2
-        self.noise_embedding = nn.Sequential(
-            nn.Linear(widths[0], config.embedding_width),
-            nn.SiLU(),
-            nn.Linear(config.embedding_width, config.embedding_width),
-        )
+        self.noise_embedding = noise_mlp(widths[0], config.embedding_width)
         self.streams = StreamProjections(
             config.streams, config.context_width, config.embedding_width
         )
@@ -225,7 +185,7 @@ class UNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor, c_noise_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return F, of the shape of `x_BCHW` (B, image_channels, image_px, image_px)."""
-        embedding_BD = self._embed(c_noise_B, conditioning)
+        embedding_BD = embed(self.noise_embedding, self.streams, c_noise_B, conditioning)
         context = self.streams.context(conditioning) if self.config.cross_attention_px else None
         h = functional.pixel_unshuffle(x_BCHW, self.config.patch_px)
         h = self.conv_in(h.to(memory_format=torch.channels_last))
@@ -233,8 +193,8 @@ class UNet(nn.Module):
         for layer in self.encoder:
             h = self._step(layer, h, embedding_BD, context)
             skips.append(h)
-        h = self.middle_in(h, embedding_BD, context)
-        h = self.middle_out(h, embedding_BD)
+        h = self._step(self.middle_in, h, embedding_BD, context)
+        h = self._step(self.middle_out, h, embedding_BD, context)
         for layer in self.decoder:
             if isinstance(layer, Block):
                 h = torch.cat([h, skips.pop()], dim=1)
@@ -242,16 +202,8 @@ class UNet(nn.Module):
         h = self.conv_out(functional.silu(self.norm_out(h)))
         return functional.pixel_shuffle(h, self.config.patch_px)
 
-    def _embed(self, c_noise_B: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the activated (B, embedding_width) sum of noise embedding and pooled vectors."""
-        features = fourier_features(c_noise_B, self.config.widths[0])
-        embedding_BD = self.noise_embedding(features)
-        for pooled_BD in self.streams.embed(conditioning):
-            embedding_BD = embedding_BD + pooled_BD
-        return functional.silu(embedding_BD)
-
-    @staticmethod
-    def _step(layer: nn.Module, h: Tensor, embedding_BD: Tensor, context: Context | None) -> Tensor:
-        if isinstance(layer, Block):
-            return layer(h, embedding_BD, context)
-        return layer(h, embedding_BD)
+    def _step(
+        self, layer: nn.Module, h: Tensor, embedding_BD: Tensor, context: Context | None
+    ) -> Tensor:
+        inputs = (embedding_BD, context) if isinstance(layer, Block) else (embedding_BD,)
+        return apply(layer, h, *inputs, recompute=self.gradient_checkpointing)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.commands import ema
 from pipelines.commands import options as options_of
 from pipelines.commands import run as commands
 from pipelines.commands.options import late
@@ -158,6 +159,7 @@ COMMANDS: dict[str, tuple[options_of.Command, str, options_of.AddOptions]] = {
         "settings and figures of runs, side by side",
         options_of.compare_options,
     ),
+    "ema": (ema.ema, "another width of average of a snapshot", ema.ema_options),
     "cache": (options_of.cache, "operate what the store holds", options_of.cache_options),
     "encoders": (
         commands.encoders,

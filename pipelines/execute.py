@@ -6,12 +6,14 @@ what it made, so a driver that dies meanwhile loses nothing that was published.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.cpu_settings import pinned
 from pipelines.durable import Durable
 from pipelines.errors import UserError
 from pipelines.fingerprint import changed_parts
@@ -19,6 +21,7 @@ from pipelines.ledger import Ledger
 from pipelines.location import Location, is_remote
 from pipelines.stage import Manifest, Receipt, Stage, Unit, Workspace
 from pipelines.stage_record import StageRecord
+from pipelines.stopping import StopListener
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,9 @@ class Task:
     inputs: Mapping[str, str]
     unit: Unit
     attempt: int = 1
+    run_id: str = ""  # whose word to end counts
     device: str = "cpu"
+    num_pinned_cores: int = 0  # cores that each worker keeps to itself
     earlier: tuple[str, ...] = ()
     is_retry: bool = False  # do the unit again although its receipt holds
 
@@ -63,6 +68,7 @@ def execute(
         The receipt (also when the unit was done already), None on ranks other than 0.
 
     Raises:
+        ediffi.train.stop.Stopped: the unit was told to end, and has kept its state.
         UserError: a gang of several workers works on an object store.
     """
     ledger, record = Ledger.at(task.store), task.record
@@ -79,7 +85,12 @@ def execute(
             return before
         if (donor := _donor(task.unit, earlier)) is not None:
             return record.take_over(*donor)
-    with Durable(record.durable_path(task.unit.id)) as durable, _scratch(ledger) as scratch:
+    with ExitStack() as stack:
+        durable = stack.enter_context(Durable(record.durable_path(task.unit.id)))
+        scratch = stack.enter_context(_scratch(ledger))
+        stack.enter_context(pinned(task.num_pinned_cores))
+        if rank == 0:
+            stack.enter_context(_warnings_to(durable.notice))
 
         def report(row: Mapping[str, float]) -> None:
             if rank == 0:
@@ -97,6 +108,8 @@ def execute(
             previous=before if task.is_retry else None,
             directory=record.directory,
             report=report,
+            notice=durable.notice if rank == 0 else _nobody,
+            should_stop=StopListener.of(ledger.store, task.run_id, rank=rank),
         )
         return _run(task, workspace, reason=_reason(task, before, earlier))
 
@@ -144,6 +157,23 @@ def _scratch(ledger: Ledger) -> Iterator[Path]:
         yield path
     finally:
         ledger.discard_scratch(path)
+
+
+def _nobody(text: str) -> None:
+    """Rank 0 speaks for all."""
+
+
+@contextmanager
+def _warnings_to(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell what training logs as a warning, such as a damaged checkpoint or a spike."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: tell(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ediffi.train")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _donor(unit: Unit, earlier: list[StageRecord]) -> tuple[Receipt, StageRecord] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from pipelines.cpu_settings import training_environment
 from pipelines.execute import Task, execute
 from pipelines.recipe import Resources
 from pipelines.stage import Receipt
@@ -21,12 +22,14 @@ from pipelines.stage import Receipt
 def run_gang(task: Task, resources: Resources) -> Receipt:
     """Gather the gang, run the unit on all its workers, return the receipt that rank 0 wrote."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.gang_backend import GangConfig
 
     trainer = TorchTrainer(
         _work,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        torch_config=GangConfig(backend="nccl" if resources.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus > 0,
@@ -36,6 +39,7 @@ def run_gang(task: Task, resources: Resources) -> Receipt:
             name=f"{task.fingerprint}-{task.unit.id}-{os.urandom(4).hex()}",
             storage_path=f"{task.store}/.scratch/ray-train",
             failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": training_environment(resources)},
         ),
     )
     trainer.fit()

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +88,18 @@ def publish(source: Path, target: Location) -> None:
         os.fsync(stream.fileno())
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
+
+
+@contextmanager
+def local_copy(place: Location) -> Iterator[Path]:
+    """A file on this machine, by its own name: itself, or a copy for as long as the context."""
+    if isinstance(place, Path):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="ediffi-copy-") as folder:
+        path = Path(folder) / place.name
+        place.fs.get_file(place.path, str(path))
+        yield path
 
 
 def duplicate(source: Location, target: Location) -> None:

@@ -7,14 +7,22 @@ process: torch stays imported and encoders stay loaded from one shard to the nex
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import ray
 
+from pipelines.cpu_settings import training_environment
 from pipelines.execute import Task, execute
 from pipelines.recipe import Resources
 from pipelines.stage import Receipt
 
-Shape = tuple[float, float]  # CPUs and GPUs of one worker
+
+class Shape(NamedTuple):
+    """What a worker process is made with."""
+
+    cpus: float
+    gpus: float
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 class UnitWorker:
@@ -37,24 +45,26 @@ class WorkerPool:
 
     def dispatch(self, task: Task, resources: Resources) -> ray.ObjectRef | None:
         """Start a task on a free worker; None if there is none and no room for another."""
-        shape = (resources.cpus, resources.gpus)
+        environment = training_environment(resources) if task.stage.gang else {}
+        shape = Shape(resources.cpus, resources.gpus, tuple(environment.items()))
         idle = self._idle.setdefault(shape, [])
         if not idle:
             if not self._has_room(shape):
                 self.retire_idle()  # workers of an earlier stage's shape may sit on the room
             if not self._has_room(shape):
                 return None
-            idle.append(_RemoteWorker.options(num_cpus=shape[0], num_gpus=shape[1]).remote())
+            idle.append(_start(shape))
             self._num_actors[shape] += 1
         worker = idle.pop()
         reference = worker.run.remote(task)
         self._busy[reference] = (shape, worker)
         return reference
 
-    def release(self, reference: ray.ObjectRef, *, dead: bool) -> None:
-        """Take a worker back after its task; a dead one is forgotten."""
+    def release(self, reference: ray.ObjectRef, *, lost: bool) -> None:
+        """Take a worker back after its task; one that is dead or about to go is given up."""
         shape, worker = self._busy.pop(reference)
-        if dead:
+        if lost:
+            ray.kill(worker)
             self._num_actors[shape] -= 1
         else:
             self._idle[shape].append(worker)
@@ -70,8 +80,17 @@ class WorkerPool:
     def _has_room(self, shape: Shape) -> bool:
         """Room beside our own actors; a new actor may wait for others' work to end."""
         cluster = ray.cluster_resources()
-        for kind, index in (("CPU", 0), ("GPU", 1)):
-            held = sum(num * other[index] for other, num in self._num_actors.items())
-            if shape[index] and held + shape[index] > cluster.get(kind, 0):
+        for kind, field in (("CPU", "cpus"), ("GPU", "gpus")):
+            each: float = getattr(shape, field)
+            held = sum(num * getattr(other, field) for other, num in self._num_actors.items())
+            if each and held + each > cluster.get(kind, 0):
                 return False
         return True
+
+
+def _start(shape: Shape) -> ray.actor.ActorHandle:
+    return _RemoteWorker.options(
+        num_cpus=shape.cpus,
+        num_gpus=shape.gpus,
+        runtime_env={"env_vars": dict(shape.environment)} if shape.environment else None,
+    ).remote()

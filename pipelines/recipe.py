@@ -23,6 +23,7 @@ from pipelines.recipe_data import (
     UrlList,
 )
 from pipelines.recipe_model import Network, Noise
+from pipelines.recipe_super_resolution import SuperResolution
 from pipelines.recipe_training import Experts, Interval, TrainConfig
 
 __all__ = [
@@ -137,9 +138,13 @@ class Resources(Section):
     cpus: NonNegative = 1.0
     gpus: NonNegative = 0.0
     attempts: PositiveInt = 3
+    stop_deadline_s: Positive = 60.0  # when the run is told to end, training may save so long
 
 
-STAGES = ("ingest", "clip_fit", "embed", "base", "experts", "assemble", "sample", "evaluate")
+STAGES = (
+    *("ingest", "clip_fit", "embed", "base", "experts", "assemble", "sample", "evaluate"),
+    "super_resolution",
+)
 
 
 class CacheRecipe(Section):
@@ -170,7 +175,7 @@ class CacheRecipe(Section):
         return self
 
     def resources_of(self, stage: str) -> Resources:
-        """Resources of a stage by its name; `embed/t5` takes those of `embed`."""
+        """Resources of a stage by its name; `embed/t5` takes those of `embed`, and so on."""
         return self.resources.get(stage.split("/")[0], Resources())
 
 
@@ -184,18 +189,44 @@ class Recipe(CacheRecipe):
     experts: Experts
     sample: Sampling
     evaluate: Evaluation
+    super_resolution: dict[Name, SuperResolution] = Field(default_factory=dict)
+
+    @property
+    def base_px(self) -> int:
+        """Side of the pictures that the base and its experts see."""
+        return self.network.image_px or self.data.image_px
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        self.experts.intervals(self.noise.distribution)
+        self.experts.check_parents(self.base, self.noise.distribution)
         if isinstance(self.data, ReadyShards) and not self.data.held_out:
             raise ValueError(
                 "data.held_out: a recipe that evaluates needs held-out shards; name their tars"
             )
         self._check_evaluation()
-        for stage, config in (("base", self.base), ("experts", self.experts.train)):
+        self._check_sizes()
+        for stage, config in (
+            ("base", self.base),
+            *(("experts", one) for one in self.experts.configs(self.noise.distribution).values()),
+            *(("super_resolution", one.train) for one in self.super_resolution.values()),
+        ):
             config.micro_batch(self.resources_of(stage).num_workers)
         return self
+
+    def _check_sizes(self) -> None:
+        """What ingest makes smaller cannot be trained on at a larger size."""
+        if isinstance(self.data, ReadyShards):
+            return  # they are stored as they came
+        wanted = {"network.image_px": self.base_px}
+        for name, one in self.super_resolution.items():
+            wanted[f"super_resolution.{name}.image_px"] = one.image_px
+        for field, image_px in wanted.items():
+            if image_px > self.data.image_px:
+                raise ValueError(
+                    f"{field}: must be at most data.image_px, the size at which pictures are "
+                    f"stored ({self.data.image_px}), got {image_px}. Raise data.image_px, and "
+                    "keep the base's size with network.image_px"
+                )
 
     def _check_evaluation(self) -> None:
         wanted = {}

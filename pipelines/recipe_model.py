@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveInt
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
 from ediffi.noise import SigmaDistribution
 from pipelines.recipe_data import Finite, Positive, Section
+
+if TYPE_CHECKING:
+    from ediffi.conditioning import StreamConfig
+    from ediffi.unet import UNetConfig
 
 
 class Noise(Section):
@@ -23,6 +29,7 @@ class Noise(Section):
 class Network(Section):
     """Size of the U-Net. Resolutions count pixels of the feature map, after pixel-unshuffle."""
 
+    image_px: Annotated[int, Field(ge=0)] = 0  # side of its pictures; 0: data.image_px
     patch_px: PositiveInt = 1
     widths: tuple[PositiveInt, ...]
     num_blocks: PositiveInt = 3
@@ -31,3 +38,16 @@ class Network(Section):
     head_width: PositiveInt = 64
     context_width: PositiveInt
     embedding_width: PositiveInt
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # `image_px` came later: networks that do not name it keep their fingerprints
+        fields: dict[str, Any] = serialize(self)
+        return fields if self.image_px else {k: v for k, v in fields.items() if k != "image_px"}
+
+    def config(self, image_px: int, streams: tuple[StreamConfig, ...]) -> UNetConfig:
+        """The model library's own description, for pictures of that size and those streams."""
+        from ediffi.unet import UNetConfig
+
+        sizes = {name: value for name, value in self.model_dump().items() if name != "image_px"}
+        return UNetConfig(image_px=image_px, streams=streams, **sizes)

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 import ray
 
-from pipelines.durable import read_progress
-from pipelines.errors import RetryableError, StageFailed, UserError
+from pipelines.cpu_settings import num_pinned
+from pipelines.errors import RetryableError, StageFailed
 from pipelines.execute import Task
+from pipelines.failures import is_hopeless, is_passing, root_message, stopped
 from pipelines.fingerprint import unit_key
 from pipelines.gang import run_gang
 from pipelines.ledger import Ledger
@@ -25,10 +26,11 @@ from pipelines.ray_cluster import check_room
 from pipelines.recipe import CacheRecipe
 from pipelines.stage import Manifest, Receipt, Unit
 from pipelines.stage_state import StageState, kept, report
+from pipelines.stopping import Interruption, StopMark
 from pipelines.tracking import Tracker
+from pipelines.unit_reports import UnitReports
 
 POLL_S = 0.25
-PROGRESS_S = 1.0
 NUM_REASONS_SHOWN = 5  # units of a stage whose reason is told
 
 
@@ -37,6 +39,7 @@ class Runner:
 
     Args:
         retry: by stage, units to do again although they have a receipt.
+        interruption: says when somebody wants the run to end.
     """
 
     def __init__(
@@ -49,9 +52,12 @@ class Runner:
         tracker: Tracker,
         progress: Progress,
         retry: Mapping[str, frozenset[str]] | None = None,
+        interruption: Interruption | None = None,
     ) -> None:
         self._ledger, self._run_id, self._retry = ledger, run_id, retry or {}
         self._tracker, self._progress = tracker, progress
+        self._reports = UnitReports(tracker, progress)
+        self._interruption = interruption or Interruption()
         self.states = {
             one.name: StageState(planned=one, resources=recipe.resources_of(one.name))
             for one in planned
@@ -59,20 +65,24 @@ class Runner:
         self._manifests: dict[str, Manifest] = {}
         self._in_flight: dict[ray.ObjectRef, tuple[StageState, Task]] = {}
         self._pool = WorkerPool()
-        self._next_progress = 0.0
 
     def run(self) -> None:
         """Run until every stage is over.
 
         Raises:
             StageFailed: a stage failed; names it, its units and what each said.
-            RetryableError: the same, when nothing but the surroundings failed.
+            RetryableError: the same, when nothing but the surroundings failed; or SIGTERM, after
+                training has saved.
             UserError: a stage asks for more than the cluster has.
+            KeyboardInterrupt: Ctrl-C, after training has saved.
         """
         for state in self.states.values():
             if not state.planned.is_hit:
                 check_room(state.name, state.resources, state.num_workers)
         while not all(state.is_over for state in self.states.values()):
+            if self._interruption.error is not None:
+                self._let_training_save()
+                raise self._interruption.error
             self._start_ready_stages()
             self._dispatch()
             self._collect()
@@ -141,13 +151,16 @@ class Runner:
             yield self._task(state.planned, unit)
 
     def _task(self, planned: PlannedStage, unit: Unit) -> Task:
+        resources = self.states[planned.name].resources
         return Task(
             store=str(self._ledger.store),
             stage=planned.stage,
             fingerprint=planned.fingerprint,
             inputs=planned.inputs,
             unit=unit,
-            device="cuda" if self.states[planned.name].resources.gpus else "cpu",
+            run_id=self._run_id,
+            device="cuda" if resources.gpus else "cpu",
+            num_pinned_cores=num_pinned(resources) if planned.stage.gang else 0,
             earlier=planned.earlier,
         )
 
@@ -226,8 +239,10 @@ class Runner:
                 self._took(state, run_gang.remote(state.queue[0], state.resources))
 
     def _took(self, state: StageState, reference: ray.ObjectRef) -> None:
-        self._in_flight[reference] = (state, state.queue.popleft())
+        task = state.queue.popleft()
+        self._in_flight[reference] = (state, task)
         state.num_in_flight += 1
+        self._reports.begin(state, task)
 
     def _collect(self) -> None:
         if not self._in_flight:
@@ -245,15 +260,16 @@ class Runner:
             self._finish_if_done(state)
 
     def _result(self, reference: ray.ObjectRef, state: StageState) -> Receipt:
-        is_dead = False
+        is_lost = False
         try:
             return ray.get(reference)
-        except ray.exceptions.RayActorError:
-            is_dead = True
+        except ray.exceptions.RayError as error:
+            # A worker that was told to end has kept its state; its process is about to go.
+            is_lost = isinstance(error, ray.exceptions.RayActorError) or bool(stopped(error))
             raise
         finally:
             if state.num_workers == 1:
-                self._pool.release(reference, dead=is_dead)
+                self._pool.release(reference, lost=is_lost)
 
     def _note(self, state: StageState, task: Task, receipt: Receipt) -> None:
         """Count a finished unit; keep its last rows and why it was done."""
@@ -264,11 +280,14 @@ class Runner:
             state.reasons[task.unit.id] = receipt.reason
             if len(state.reasons) <= NUM_REASONS_SHOWN:
                 self._progress.say(f"{state.name}/{task.unit.id}: done again: {receipt.reason}")
-        self._send_rows(state, task)
+        self._reports.send(state, task)
 
     def _retry_or_fail(self, state: StageState, task: Task, error: Exception) -> None:
         message = root_message(error)
-        if task.attempt < state.resources.attempts and not _is_hopeless(error):
+        if (word := stopped(error)) is not None:
+            self._progress.say(f"{state.name}/{task.unit.id}: {word}")
+            state.queue.append(task)  # no failure: it goes on, here or in the next run
+        elif task.attempt < state.resources.attempts and not is_hopeless(error):
             self._progress.say(
                 f"{state.name}/{task.unit.id}: attempt {task.attempt} of "
                 f"{state.resources.attempts} failed: {message}"
@@ -276,38 +295,41 @@ class Runner:
             state.queue.append(replace(task, attempt=task.attempt + 1))
         else:
             state.failures[task.unit.id] = message
-            state.is_hopeless |= not _is_passing(error)
+            state.is_hopeless |= not is_passing(error)
             self._progress.say(f"{state.name}/{task.unit.id} failed: {message}")
 
-    # -- progress --------------------------------------------------------------------------------
+    def _let_training_save(self) -> None:
+        """Ask the units that can keep their state to do so, and give them their time.
+
+        The others are not waited for: what they have begun is short and done again.
+        """
+        units = self._saving()
+        if not units:
+            return
+        names = ", ".join(f"{name} ({deadline_s:g} s)" for name, deadline_s in units.items())
+        self._progress.say(f"told to end: waits for {names} to save; once more to leave at once")
+        mark = StopMark(self._ledger.store, self._run_id)
+        started = time.monotonic()
+        try:
+            mark.put()
+            while any(time.monotonic() - started < units[name] for name in self._saving()):
+                self._collect()
+                self._show_progress()
+        finally:
+            mark.remove()
+        for name in self._saving():
+            self._progress.say(f"{name} has not saved in time; its last checkpoint counts")
+
+    def _saving(self) -> dict[str, float]:
+        """Units in flight that can save, with the seconds they may take."""
+        return {
+            f"{state.name}/{task.unit.id}": state.resources.stop_deadline_s
+            for state, task in self._in_flight.values()
+            if state.can_stop
+        }
 
     def _show_progress(self, *, force: bool = False) -> None:
-        if not force and time.monotonic() < self._next_progress:
-            return
-        self._next_progress = time.monotonic() + PROGRESS_S
-        for state in self.states.values():
-            if state.state == "running":
-                self._send_progress(state)
-
-    def _send_progress(self, state: StageState) -> None:
-        """Pass on what units in flight have reported since last time."""
-        latest: dict[str, Mapping[str, float]] = {}
-        for owner, task in self._in_flight.values():
-            if owner is state and (rows := self._send_rows(state, task)):
-                latest[task.unit.id] = rows[-1]
-        self._progress.update(state.name, state.num_done, latest)
-
-    def _send_rows(self, state: StageState, task: Task) -> list[dict[str, float]]:
-        rows = read_progress(task.durable_path)
-        if rows:
-            unit = task.unit.id
-            num_sent = min(state.num_rows_sent.get(unit, 0), len(rows))
-            if rows[num_sent:]:
-                name = unit if state.num_units > 1 else ""
-                self._tracker.progress(state.name, name, rows[num_sent:])
-            state.num_rows_sent[unit] = len(rows)
-            state.curves[unit] = rows
-        return rows
+        self._reports.show(self.states.values(), self._in_flight.values(), force=force)
 
     def _raise_failures(self) -> None:
         failed = [state for state in self.states.values() if state.state == "failed"]
@@ -315,30 +337,3 @@ class Runner:
             text = "\n".join(state.failures[""] for state in failed)
             passing = not any(state.is_hopeless for state in failed)
             raise RetryableError(text) if passing else StageFailed(text)
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The exception that a unit raised, freed of Ray's wrapping of tasks and gangs."""
-    while True:
-        failures = getattr(error, "worker_failures", None) or {}
-        inner = getattr(error, "cause", None) or next(iter(failures.values()), None)
-        if not isinstance(inner, BaseException) or inner is error:
-            return error
-        error = inner
-
-
-def root_message(error: BaseException) -> str:
-    """What the unit's own exception said."""
-    cause = root_cause(error)
-    text = str(cause).strip()
-    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
-
-
-def _is_hopeless(error: BaseException) -> bool:
-    """Whether trying again cannot help: the input itself is wrong."""
-    return isinstance(root_cause(error), ValueError | UserError)
-
-
-def _is_passing(error: BaseException) -> bool:
-    """Whether the surroundings failed: an outage, or a worker that died."""
-    return isinstance(root_cause(error), RetryableError | ray.exceptions.RayActorError)

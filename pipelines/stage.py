@@ -269,6 +269,8 @@ class Workspace:
     previous: Receipt | None = None  # of this unit, when it is retried; its files are in place
     directory: Location = Path()  # of the stage: where the previous files lie
     report: Callable[[Mapping[str, float]], None] = lambda row: None
+    notice: Callable[[str], None] = lambda text: None  # words for people, told once
+    should_stop: Callable[[], bool] = lambda: False  # cheap: training asks after every batch
 
     def previous_path(self, file: File) -> Location:
         """Where a file of the previous receipt lies."""

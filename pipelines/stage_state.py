@@ -30,6 +30,8 @@ class StageState:
     failures: dict[str, str] = field(default_factory=dict)
     is_hopeless: bool = False  # a failure lies in the work itself, not in the surroundings
     num_rows_sent: dict[str, int] = field(default_factory=dict)
+    notices_told: dict[str, set[str]] = field(default_factory=dict)
+    grids_sent: dict[str, set[str]] = field(default_factory=dict)  # unit -> file names
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     started: float = 0.0
     seconds: float = 0.0
@@ -42,6 +44,11 @@ class StageState:
     def num_workers(self) -> int:
         """Workers of one unit; more than one are gathered by Ray Train."""
         return self.resources.num_workers if self.planned.stage.gang else 1
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether a unit saves and ends when asked to: training does, which is what gangs do."""
+        return self.planned.stage.gang
 
     @property
     def is_over(self) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.fingerprint import flatten
-from pipelines.location import Location, is_remote
+from pipelines.location import Location, is_remote, local_copy
 from pipelines.planning import PlannedStage
 from pipelines.stage import Json, Manifest
 
@@ -109,6 +109,21 @@ class Tracker:
                     client, f"{stage}:{unit}", unit, {"ediffi.unit": unit}, parent=run
                 )
             self._log_rows(client, run, rows)
+
+        self._calls.put(call)
+
+    def grids(self, stage: str, unit: str, pictures: Mapping[str, Location]) -> None:
+        """Keep pictures that a unit drew while it trained, as `grids/<unit>/` of its stage.
+
+        Args:
+            pictures: by the name that each shall have there.
+        """
+
+        def call(client: MlflowClient) -> None:
+            for name, picture in pictures.items():
+                folder = f"grids/{unit}/{name}".rpartition("/")[0]
+                with local_copy(picture) as path:
+                    client.log_artifact(self._runs[stage], str(path), folder)
 
         self._calls.put(call)
 

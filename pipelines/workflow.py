@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import CacheRecipe
 from pipelines.stage import Json
 from pipelines.stage_record import now
+from pipelines.stopping import Interruption, StopMark
 
 if TYPE_CHECKING:
     from pipelines.runner import Runner
@@ -85,6 +85,7 @@ def run_recipe(
         UserError: the recipe or the store does not allow it.
         StageFailed: units failed for good; the record says so too.
         RetryableError: the process was told to end; the same command goes on from there.
+        KeyboardInterrupt: the same, by Ctrl-C.
     """
     planned = select(plan(recipe, ledger), selected)
     record = RunRecord(
@@ -149,6 +150,7 @@ def _drive(
     status = "FAILED"
     # stdout is data: Ray's own processes would print there
     with redirect_stdout(sys.stderr), Progress() as progress:
+        interruption = Interruption()
         runner = Runner(
             recipe,
             ledger,
@@ -157,11 +159,12 @@ def _drive(
             tracker=tracker,
             progress=progress,
             retry=retry,
+            interruption=interruption,
         )
         try:
             progress.say(f"run {record.run_id}: starting Ray")
             connect()
-            with _stop_on_sigterm():  # from here on: Ray takes the signal for itself when it starts
+            with interruption:  # from here on: Ray takes SIGTERM for itself when it starts
                 runner.run()
             status = "FINISHED"
         except (KeyboardInterrupt, RetryableError):
@@ -196,23 +199,10 @@ def close_orphans(ledger: Ledger) -> list[str]:
     for record in killed:
         record.state, record.ended = "killed", now()
         ledger.write_run(vars(record))
+        StopMark(ledger.store, record.run_id).remove()
     if not any(record.state == "running" for record in records):
         remove_tree(ledger.store / ".scratch")
     return [record.run_id for record in killed]
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into a RetryableError, so that everything is closed in order."""
-
-    def stop(*_: object) -> None:
-        raise RetryableError("told to end (SIGTERM); run the same command to go on")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def stage_rows(runner: Runner) -> list[Json]:

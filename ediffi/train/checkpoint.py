@@ -1,187 +1,214 @@
-"""Checkpoints: resumable training state, complete or ignored, never torn.
+"""The checkpoints of one training run: saving beside the training, keeping, finding the newest.
 
-    images-0000012800/
-        state/              DeepSpeed's own files, of all ranks
-        ema.safetensors     whole averaged weights
-        complete.json       written last: images seen, world size, sha256 of every file above
-
-Everything is written into `.partial-<images>-<attempt>` first and renamed when it is on the disk.
+Training pauses while its state is copied to host memory. A thread writes the copy into
+`.partial-<images>-<attempt>`, which is renamed and then marked complete when all ranks' files are
+on the disk: a kill at any moment leaves nothing visible or a whole checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
-from ediffi.snapshot import file_sha256, publish_json
-from ediffi.train.ema import EMA
-from ediffi.train.engine import Worker, flush
+from ediffi.train.checkpoint_file import (
+    MARKER,
+    Checkpoint,
+    CheckpointError,
+    Marker,
+    Progress,
+    damage,
+    open_checkpoint,
+)
+from ediffi.train.checkpoint_writer import BackgroundSave, HostCopy, Payload
+from ediffi.train.engine import Worker
+from ediffi.train.state import Fragment
+
+__all__ = ["Checkpoint", "CheckpointError", "CheckpointStore", "Progress", "open_checkpoint"]
 
 _log = logging.getLogger(__name__)
-
-_MARKER = "complete.json"
-_TAG = "state"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far training has come."""
-
-    images_seen: int = 0
-    loss: float = float("nan")  # mean over the last reported stretch
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Marker:
-    """Content of complete.json."""
-
-    format: int = 1
-    images_seen: int
-    loss: float
-    world_size: int
-    zero_stage: int
-    files: dict[str, str]  # path below the checkpoint -> sha256
 
 
 class CheckpointStore:
     """The checkpoints of one training run, in a directory that all ranks share.
 
-    Every method is called by all ranks together. Damaged checkpoints are passed over with a
-    warning in the log; the newest sound one counts.
+    Every method but `close` is called by all ranks together. Damaged checkpoints are passed over
+    with a warning in the log of rank 0; the newest sound one counts.
+
+    Args:
+        directory: made if absent. Nobody else may write there.
+        keep: so many of the newest stay.
+        keep_every_images: besides, one in so many images stays; 0: none.
+        worker: this process.
     """
 
-    def __init__(self, directory: Path, *, keep: int, worker: Worker) -> None:
+    def __init__(
+        self, directory: Path, *, keep: int, keep_every_images: int, worker: Worker
+    ) -> None:
         self.directory = directory
-        self.keep = keep
-        self.worker = worker
+        self._keep = keep
+        self._keep_every_images = keep_every_images
+        self._worker = worker
+        self._host = HostCopy()
+        self._saving: BackgroundSave | None = None
+        self._damaged: set[Path] = set()
         # Attempts may overlap when a lost worker lives on: each writes into its own directory.
-        self._attempt = f"{self._agree(uuid.uuid4().int >> 66):016x}"
+        self._attempt = self._share(uuid.uuid4().hex[:16])
         if worker.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob(".partial-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
 
-    def save(self, engine: Any, ema: EMA, progress: Progress) -> None:
-        """Write a checkpoint; leave only the `keep` newest complete ones."""
-        partial = self.directory / f".partial-{progress.images_seen}-{self._attempt}"
-        engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
-        average = ema.gather()
-        if self.worker.rank == 0:
-            save_file(average, partial / "ema.safetensors")
-            flush(partial / "ema.safetensors")
-            marker = _Marker(
-                **asdict(progress),
-                world_size=self.worker.world_size,
-                zero_stage=engine.zero_optimization_stage(),
-                files=_digests(partial),
-            )
-            self._publish(partial, marker)
-            self._retire()
-        dist.barrier()
+    def save(self, fragments: Sequence[Fragment], payload: Payload, progress: Progress) -> None:
+        """Copy this rank's tensors and return; a thread writes the checkpoint.
 
-    def load_newest(self, engine: Any, ema: EMA) -> Progress:
-        """Restore the newest sound checkpoint; without one, change nothing and report 0 images.
+        Args:
+            fragments: which pieces of which parameters the tensors are.
+            payload: kind -> tensors aligned with `fragments`, 1-D, float32.
+            progress: how far training is; rank 0's is written.
 
         Raises:
-            ValueError: it was written by another ZeRO stage or, from stage 1 on, by another
-                number of ranks.
+            CheckpointError: the save before this one failed, on any rank.
         """
-        images_seen = self._agree(self._newest() if self.worker.rank == 0 else 0)
-        if not images_seen:
-            return Progress()
-        path = self._path(images_seen)
-        marker = _read_marker(path)
-        self._check_layout(path, marker, engine.zero_optimization_stage())
-        ema.load(load_file(path / "ema.safetensors"))
-        engine.load_checkpoint(str(path), tag=_TAG)
-        return Progress(images_seen=marker.images_seen, loss=marker.loss)
+        self.wait()
+        pieces = self._host.take(fragments, payload)
+        partial = self.directory / f".partial-{progress.images_seen}-{self._attempt}"
+        self._saving = BackgroundSave(partial, pieces, progress, self._worker, self._publish)
 
-    def _publish(self, partial: Path, marker: _Marker) -> None:
-        path = self._path(marker.images_seen)
-        if path.exists():  # passed over as damaged, or cut off before its marker
-            _delete(path)
-        flush(partial)
+    def wait(self) -> None:
+        """Return when what was saved is complete.
+
+        Raises:
+            CheckpointError: it could not be written, on any rank.
+        """
+        error = self._join()
+        failed = torch.tensor(int(error is not None), device=self._worker.device)
+        dist.all_reduce(failed)
+        if error is not None:
+            raise error
+        if failed.item():
+            raise CheckpointError(
+                f"another rank could not write its part of the checkpoint to {self.directory}: "
+                "its log says why"
+            )
+
+    def close(self) -> None:
+        """End this rank's thread; safe to call after other ranks have failed.
+
+        Raises:
+            CheckpointError: what it was writing is lost.
+        """
+        if self._saving is not None:
+            self._saving.hurry()
+        if (error := self._join()) is not None:
+            raise error
+
+    def load_newest(self) -> Checkpoint | None:
+        """Find the newest sound checkpoint and verify every byte of it; None if there is none."""
+        self.wait()
+        name = self._share(self._newest() if self._worker.rank == 0 else "")
+        return Checkpoint(self.directory / name) if name else None
+
+    def _join(self) -> Exception | None:
+        saving, self._saving = self._saving, None
+        return saving.join() if saving is not None else None
+
+    # -- rank 0 alone -----------------------------------------------------------------------------
+
+    def _newest(self) -> str:
+        for path in self._paths():
+            if wrong := damage(path):
+                _log.warning("checkpoint %s is passed over: %s", path, wrong)
+                self._damaged.add(path)
+            else:
+                return path.name
+        return ""
+
+    def _publish(self, partial: Path, marker: Marker) -> None:
+        """Make a written checkpoint visible, then retire old ones; in the writer's thread."""
+        path = self.directory / f"images-{marker.progress.images_seen:010d}"
+        # One is there if it was damaged, or an attempt that was given up is still alive. It keeps
+        # its mark until the new one is complete: it may be the only one.
+        aside = path.with_name(f"{path.name}-replaced-{self._attempt}")
+        if path.exists():
+            path.rename(aside)
+        _flush(partial)
         partial.rename(path)
-        flush(self.directory)
-        publish_json(path / _MARKER, asdict(marker))
+        _flush(self.directory)
+        marker.publish(path)
+        self._damaged.discard(path)
+        if aside.exists():
+            _delete(aside)
+        self._retire()
 
     def _retire(self) -> None:
-        complete = [path for path in self._paths() if (path / _MARKER).exists()]
-        for path in set(self._paths()) - set(complete[: self.keep]):
+        """Delete what policy does not keep; what cannot be judged stays."""
+        complete, worthless = {}, []
+        for path in self._paths():
+            try:
+                marker = Marker.read(path)
+            except FileNotFoundError:
+                worthless.append(path)
+            except (OSError, ValueError):
+                continue  # perhaps of a later version
+            else:
+                complete[path] = marker.progress.images_seen
+        sound = {path: images for path, images in complete.items() if path not in self._damaged}
+        kept = kept_images(sound.values(), self._keep, self._keep_every_images)
+        worthless += [path for path in complete if sound.get(path) not in kept]
+        for path in worthless:
             _delete(path)
 
-    def _newest(self) -> int:
-        """Images seen at the newest sound checkpoint; 0 if there is none."""
-        for path in self._paths():
-            if damage := _damage(path):
-                _log.warning("checkpoint %s is passed over: %s", path, damage)
-            else:
-                return _read_marker(path).images_seen
-        return 0
-
     def _paths(self) -> list[Path]:
+        """Every directory that could be a checkpoint, newest first."""
         return sorted(self.directory.glob("images-*"), reverse=True)
 
-    def _path(self, images_seen: int) -> Path:
-        return self.directory / f"images-{images_seen:010d}"
-
-    def _check_layout(self, path: Path, marker: _Marker, zero_stage: int) -> None:
-        written = (marker.zero_stage, marker.world_size)
-        if written == (zero_stage, self.worker.world_size) or written[0] == zero_stage == 0:
-            return
-        raise ValueError(
-            f"{path} was written by {marker.world_size} ranks at zero_stage {marker.zero_stage} "
-            f"and cannot be read by {self.worker.world_size} at zero_stage {zero_stage}: use the "
-            f"former (zero_stage 0 may change its number of ranks), or delete {self.directory} "
-            "to train from the beginning"
-        )
-
-    def _agree(self, value: int) -> int:
-        """Tell every rank what rank 0 holds."""
-        message = torch.tensor([value], dtype=torch.int64, device=self.worker.device)
+    def _share(self, text: str) -> str:
+        """Tell every rank what rank 0 says, in at most 255 bytes."""
+        message = torch.zeros(256, dtype=torch.uint8)
+        encoded = text.encode()
+        message[: len(encoded) + 1] = torch.tensor([*encoded, 0], dtype=torch.uint8)
+        message = message.to(self._worker.device)
         dist.broadcast(message, src=0)
-        return int(message.item())
+        return bytes(message.tolist()).partition(b"\0")[0].decode()
 
 
-def _read_marker(path: Path) -> _Marker:
-    marker = _Marker(**json.loads((path / _MARKER).read_text()))
-    if marker.format != 1:
-        raise ValueError(f"format {marker.format} of {_MARKER} is not 1")
-    return marker
+def kept_images(images: Iterable[int], keep: int, keep_every_images: int) -> set[int]:
+    """Which checkpoints stay, by images seen: the newest, and the first in each stretch.
+
+    Args:
+        images: of all sound checkpoints.
+        keep: so many of the newest stay.
+        keep_every_images: length of a stretch; the one before the first multiple does not count.
+            0: there are none.
+    """
+    ascending = sorted(set(images))
+    kept = set(ascending[-keep:])
+    if keep_every_images:
+        stretches: dict[int, int] = {}
+        for count in ascending:
+            stretches.setdefault(count // keep_every_images, count)
+        kept |= {count for stretch, count in stretches.items() if stretch > 0}
+    return kept
 
 
-def _damage(path: Path) -> str:
-    """Say what is wrong with a checkpoint; empty if it is sound."""
+def _flush(path: Path) -> None:
+    """Force a directory's entries onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        marker = _read_marker(path)
-        found = _digests(path)
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing"
-    except (OSError, TypeError, ValueError) as error:
-        return f"{_MARKER} cannot be read: {error}"
-    wrong = [name for name, digest in marker.files.items() if found.get(name) != digest]
-    return f"missing or altered: {', '.join(wrong)}" if wrong else ""
-
-
-def _digests(path: Path) -> dict[str, str]:
-    digests = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and not file.name.startswith(_MARKER):
-            digests[file.relative_to(path).as_posix()] = file_sha256(file)
-    return digests
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _delete(path: Path) -> None:
     """Remove a checkpoint so that a half removed one does not look complete."""
-    (path / _MARKER).unlink(missing_ok=True)
+    (path / MARKER).unlink(missing_ok=True)
     shutil.rmtree(path)

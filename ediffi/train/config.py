@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["fp32", "bf16"]
-Offload = Literal["none", "cpu", "nvme"]
+Offload = Literal["none", "cpu"]
 EmaProfile = Literal["half_life", "power"]
 OnSpike = Literal["stop", "skip", "rollback", "lower_rate"]
 
@@ -55,12 +55,11 @@ class TrainConfig:
     ema_track_stds: tuple[float, ...] = (0.05, 0.10)  # widths kept while training, for any later
     ema_snapshot_images: int = 0  # power: the tracked averages are stored so often; 0: at the end
     precision: Precision = "fp32"  # bf16: autocast in the network, fp32 weights and optimizer
-    compile: bool = False  # torch.compile the network
+    compile: bool = False  # torch.compile the network; up to ZeRO 2
     gradient_checkpointing: bool = False  # compute blocks again backwards instead of keeping them
     zero_stage: int = 0
     offload_optimizer: Offload = "none"  # ZeRO 1 to 3: where moments and fp32 weights live
     offload_parameters: Offload = "none"  # ZeRO 3: where parameters wait
-    offload_path: str = ""  # folder on an NVMe disk, for offload to nvme
     checkpoint_images: int
     keep_checkpoints: int = 2
     keep_every_images: int = 0  # besides, one checkpoint in so many images is kept; 0: none
@@ -81,7 +80,7 @@ class TrainConfig:
             "warmup_images", self.warmup_images < self.total_images, "less than total_images"
         )
         self._check_averages()
-        self._check_offload()
+        self._check_sharding()
         self.micro_batch(world_size=1)
 
     def _check_numbers(self) -> None:
@@ -117,8 +116,9 @@ class TrainConfig:
         valid = all(0 < std < 0.28 for std in tracked) and len(set(tracked)) == len(tracked) >= 2
         self._require("ema_track_stds", valid, f"two or more different widths {required}")
 
-    def _check_offload(self) -> None:
-        places = {self.offload_optimizer, self.offload_parameters}
+    def _check_sharding(self) -> None:
+        # DeepSpeed gathers weights as they are touched: the compiler would see empty ones.
+        self._require("compile", not self.compile or self.zero_stage < 3, "false at zero_stage 3")
         self._require(
             "offload_optimizer",
             self.offload_optimizer == "none" or self.zero_stage >= 1,
@@ -128,9 +128,6 @@ class TrainConfig:
             "offload_parameters",
             self.offload_parameters == "none" or self.zero_stage == 3,
             "none below zero_stage 3",
-        )
-        self._require(
-            "offload_path", bool(self.offload_path) == ("nvme" in places), "given for nvme alone"
         )
 
     @property

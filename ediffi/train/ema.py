@@ -1,87 +1,94 @@
-"""Exponential moving average of the weights, by half-life in images (EDM2's parametrisation).
+"""Averages of the weights while training: by half-life in images, or by powers (EDM2, section 3).
 
-decay per step = 0.5 ** (batch_images / half_life), where the half-life ramps up with the images
-seen so that the random initial weights are forgotten quickly. The paper's EMA 0.9999 at batch 2048
-is a half-life of about 14.2 million images.
+Half-life: decay per step = 0.5 ** (batch_images / half_life), where the half-life ramps up with the
+images seen so that the random initial weights are forgotten quickly. The paper's EMA 0.9999 at
+batch 2048 is a half-life of about 14.2 million images. Powers: see `ediffi.power_ema`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from ediffi.power_ema import decay as power_decay
+from ediffi.power_ema import gamma_of
 from ediffi.train.config import TrainConfig
 
+if TYPE_CHECKING:
+    from ediffi.train.state import Fragment, Read
 
-def ema_decay(config: TrainConfig, images_seen: int) -> float:
+HALF_LIFE_KIND = "ema"
+
+
+def power_kind(std: float) -> str:
+    """What the tracked average of width `std` is called in checkpoints."""
+    return f"ema_std_{std!r}"
+
+
+def half_life_decay(config: TrainConfig, images_seen: int) -> float:
     """Weight that the old average keeps in the step which ends at `images_seen` (> 0)."""
     half_life_images = min(config.ema_half_life_images, config.ema_ramp_fraction * images_seen)
     return 0.5 ** (config.batch_images / half_life_images)
 
 
-class EMA:
-    """Float32 average of a module's parameters, updated after every optimizer step.
+class Averages:
+    """Float32 averages of this rank's share of the weights, updated after every batch.
 
-    Under ZeRO-3 every rank averages only its own partition, without communication; `gather` and
-    `load` convert from and to whole tensors. Otherwise each rank holds the whole average.
+    They start as copies of the weights. Every rank averages only its own fragments, without
+    communication, so the cost is divided among the ranks at every ZeRO stage.
+
+    Args:
+        config: says which averages there are.
+        fragments: this rank's share of the weights, live views.
+        images_before: images that the ancestors saw, where their average is carried on; it counts
+            as that old, so it is not forgotten as a young one would be.
+
+    Attributes:
+        kinds: names of the averages: `ema`, or one for each of `config.ema_track_stds`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._parameters = dict(module.named_parameters())
-        self._averages = [_local(parameter).clone() for parameter in self._parameters.values()]
+    def __init__(
+        self, config: TrainConfig, fragments: Sequence[Fragment], *, images_before: int = 0
+    ) -> None:
+        self._config = config
+        self._fragments = tuple(fragments)
+        self._images_before = images_before
+        self._gammas = {}
+        if config.ema_profile == "power":
+            self._gammas = {power_kind(std): gamma_of(std) for std in config.ema_track_stds}
+        self.kinds: tuple[str, ...] = tuple(self._gammas) or (HALF_LIFE_KIND,)
+        self._averages = {
+            kind: [fragment.weights.detach().clone() for fragment in self._fragments]
+            for kind in self.kinds
+        }
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """The averages by kind, aligned with the fragments; live, not copies."""
+        return self._averages
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """Let the average keep `decay` of itself and take the rest from the current weights."""
-        weights = [_local(parameter) for parameter in self._parameters.values()]
-        torch._foreach_lerp_(self._averages, weights, 1 - decay)
+    def update(self, images_seen: int) -> None:
+        """Take the current weights into every average, after the batch that ends at `images_seen`.
 
-    def gather(self) -> dict[str, Tensor]:
-        """Whole averaged state on every rank, with the module's names; collective under ZeRO-3.
-
-        Persistent buffers are the module's own.
+        Called once a batch, also after a step that was not taken: the profile counts images.
         """
-        state = {
-            name: _whole(average, parameter)
-            for (name, parameter), average in zip(self._parameters.items(), self._averages)
-        }
-        persistent = self._module.state_dict().keys()
-        buffers = {name: b for name, b in self._module.named_buffers() if name in persistent}
-        return state | buffers
+        weights = [fragment.weights for fragment in self._fragments]
+        if not weights:  # a rank may own nothing of a very small network
+            return
+        for kind, averages in self._averages.items():
+            new = 1 - self._decay(kind, self._images_before + images_seen)
+            torch._foreach_lerp_(averages, weights, new)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the average from what `gather` gave, on any number of ranks."""
-        for (name, parameter), average in zip(self._parameters.items(), self._averages):
-            average.copy_(_part(state[name], parameter))
+    def load(self, read: Read) -> None:
+        """Take the averages from a checkpoint, bit by bit."""
+        for kind, averages in self._averages.items():
+            for fragment, average in zip(self._fragments, averages):
+                average.copy_(read(kind, fragment.name, fragment.start, average.numel()))
 
-
-# DeepSpeed gives a partitioned parameter the attributes ds_tensor (this rank's part of the flat
-# weights), ds_numel and ds_shape; hence Any.
-
-
-def _local(parameter: Any) -> Tensor:
-    """What this rank holds: the parameter, or its partition under ZeRO-3."""
-    return getattr(parameter, "ds_tensor", parameter).detach()
-
-
-def _whole(part: Tensor, parameter: Any) -> Tensor:
-    if not hasattr(parameter, "ds_tensor"):
-        return part
-    flat = part.new_empty(part.numel() * dist.get_world_size())
-    dist.all_gather(list(flat.chunk(dist.get_world_size())), part)
-    return flat[: parameter.ds_numel].view(parameter.ds_shape)
-
-
-def _part(whole: Tensor, parameter: Any) -> Tensor:
-    """Cut as DeepSpeed does: equal contiguous parts, the last one padded."""
-    if not hasattr(parameter, "ds_tensor"):
-        return whole
-    num_elements = parameter.ds_tensor.numel()
-    padding = num_elements * dist.get_world_size() - whole.numel()
-    flat = nn.functional.pad(whole.flatten(), (0, padding))
-    return flat.narrow(0, dist.get_rank() * num_elements, num_elements)
+    def _decay(self, kind: str, age_images: int) -> float:
+        if kind == HALF_LIFE_KIND:
+            return half_life_decay(self._config, age_images)
+        return power_decay(self._gammas[kind], age_images, self._config.batch_images)

@@ -1,277 +1,272 @@
-"""The training loop, one for the base model and the experts (eDiff-I sections 3 and 4).
+"""The training loop, one for base, experts and super-resolution (eDiff-I sections 3 and 4).
 
 An expert is a run whose noise interval is not the whole axis and whose start is its parent's
-snapshot. To resume, call `train` again with the same job: it continues from the newest sound
-checkpoint exactly where an undisturbed run would have been.
+snapshot; a super-resolution model has another network and a low-resolution input. To resume, call
+`train` again with the same job: it continues from the newest sound checkpoint exactly where an
+undisturbed run would have been, on any number of ranks.
 """
 
 from __future__ import annotations
 
-import math
-import time
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ediffi.loss import denoising_loss
-from ediffi.noise import WHOLE, NoiseInterval, SigmaDistribution
-from ediffi.preconditioning import Denoiser, Preconditioning
-from ediffi.shards import JoinedShards, Missing, Resize, SampleOrder, ShardRef
-from ediffi.snapshot import Snapshot, load_snapshot, save_snapshot
+from ediffi.shards import JoinedShards, SampleOrder
+from ediffi.snapshot import Snapshot, save_snapshot
 from ediffi.train.checkpoint import CheckpointStore, Progress
 from ediffi.train.config import TrainConfig
 from ediffi.train.data import Batch, TrainingExamples, load_batches
-from ediffi.train.ema import EMA, ema_decay
-from ediffi.train.engine import Worker, join_process_group, make_engine, set_lr, take_step
-from ediffi.unet import UNet, UNetConfig
+from ediffi.train.ema import Averages
+from ediffi.train.engine import Step, Worker, join_process_group, make_engine, set_lr, take_step
+from ediffi.train.flops import count_flops, peak_flops
+from ediffi.train.guard import SpikeGuard, TrainingDiverged
+from ediffi.train.held_out import Watch
+from ediffi.train.job import TrainJob
+from ediffi.train.meter import Meter
+from ediffi.train.power_snapshots import PowerSnapshots
+from ediffi.train.start import build_denoiser, carry_over, images_before
+from ediffi.train.state import ShardedState
+from ediffi.train.stop import Stopped, StopRequest, never
 
-_NUM_SIGMA_BINS = 8
+__all__ = ["Stopped", "TrainJob", "TrainingDiverged", "train"]
+
+_log = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, float]], None]
 
 
-class TrainingDiverged(ArithmeticError):
-    """Loss or gradient are no longer finite; the last checkpoint is from before."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainJob:
-    """Everything that one training run depends on."""
-
-    network: UNetConfig
-    preconditioning: Preconditioning
-    distribution: SigmaDistribution
-    interval: NoiseInterval = WHOLE
-    config: TrainConfig
-    shards: tuple[ShardRef, ...]
-    resize: Resize = "center_crop"
-    missing: Missing = "error"  # what to do with a picture that lacks an embedding
-    initial: Path | None = None  # parent's snapshot to start from; None: random weights
-    checkpoint_path: Path  # resumable state, on storage that all ranks share
-    snapshot_path: Path  # the result: EMA weights
-
-
-def train(job: TrainJob, report: Report) -> dict[str, float]:
+def train(
+    job: TrainJob, report: Report, should_stop: Callable[[], bool] = never
+) -> dict[str, float]:
     """Train to `job.config.final_images`; called by every rank.
 
     Args:
         job: what to train.
-        report: given a row with "images", "loss", "lr", "grad_norm", "images_per_s",
-            "data_wait_fraction" and "loss/sigma_bin_00" to "_07" (octiles of the distribution that
-            the interval touches), every `log_images` and at every checkpoint. It is called on
-            every rank: losses are means over all ranks since the last row, times the rank's own.
-            After a resume the rows since the checkpoint come once more, with the same losses.
+        report: given a row on every rank, every `log_images`: "images", "lr", "grad_norm",
+            "num_spikes" and what `Meter.read` and `Watch.measure` say. Losses are means over all
+            ranks since the last row; times are the rank's own. After a resume the rows since the
+            checkpoint come once more, with the same losses.
+        should_stop: asked after every batch on every rank; one yes is enough.
 
     Returns:
-        {"images_seen", "resumed_from_images", "final_loss", "num_parameters"}.
+        {"images_seen", "resumed_from_images", "final_loss", "num_parameters", "num_spikes"}.
 
     Raises:
-        TrainingDiverged: loss or gradient became infinite or nan.
+        Stopped: it was asked to end, and has saved a checkpoint.
+        TrainingDiverged: a gradient was not finite, or a spike, and the policy is to stop.
         ValueError: parent, checkpoint or number of ranks do not fit the job.
     """
     worker = join_process_group()
     denoiser, num_parameters = build_denoiser(job)
-    engine = make_engine(denoiser, job.config, worker)
-    try:
-        ema = EMA(denoiser.network)
-        store = CheckpointStore(
-            job.checkpoint_path, keep=job.config.keep_checkpoints, worker=worker
-        )
-        start = store.load_newest(engine, ema)
-        end = _train_on(job, engine, ema, store, start, report)
-        _save_snapshot(job, ema, worker, end.images_seen)
-    finally:
-        engine.destroy()
+    guard = SpikeGuard(job.config)
+    engine = make_engine(denoiser, job.config, worker, guard)
+    with ExitStack() as stack:
+        stack.callback(engine.destroy)
+        stop = stack.enter_context(StopRequest(should_stop, worker))
+        run = _Run(job, engine, denoiser.network, worker, guard)
+        stack.callback(run.store.close)
+        start = run.begin()
+        end = run.train_on(start, report, stop)
+        run.save_snapshot(end)
     return {
         "images_seen": end.images_seen,
         "resumed_from_images": start.images_seen,
         "final_loss": end.loss,
         "num_parameters": num_parameters,
+        "num_spikes": end.num_spikes,
     }
 
 
-def build_denoiser(job: TrainJob) -> tuple[Denoiser, int]:
-    """Make the denoiser to train, and count its parameters.
+class _Run:
+    """The parts of one training run, and the loop over its batches."""
 
-    The weights are random, as a function of the seed alone, or those of the parent's snapshot.
-
-    Raises:
-        ValueError: the parent has another architecture or preconditioning.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(job.config.seed)
-        network = UNet(job.network)
-    if job.initial is not None:
-        parent, parent_denoiser = load_snapshot(job.initial)
-        _check_parent(job, parent)
-        network.load_state_dict(parent_denoiser.network.state_dict())
-    return Denoiser(network, job.preconditioning), network.num_parameters
-
-
-def _check_parent(job: TrainJob, parent: Snapshot) -> None:
-    required = _architecture(job.network) | job.preconditioning.to_json()
-    found = _architecture(parent.network) | parent.preconditioning.to_json()
-    differing = [
-        f"{field} must be {found[field]!r} as in the parent, got {required[field]!r}"
-        for field in required
-        if required[field] != found[field]
-    ]
-    if differing:
-        raise ValueError(
-            f"the network cannot start from snapshot {job.initial}: {'; '.join(differing)}. "
-            "Use the parent's network settings, or train another parent"
+    def __init__(
+        self, job: TrainJob, engine: Any, network: Any, worker: Worker, guard: SpikeGuard
+    ) -> None:
+        config = job.config
+        self.job, self.config, self.engine, self.worker = job, config, engine, worker
+        self.guard = guard
+        self.state = ShardedState(engine, network, worker)
+        age_images = images_before(job)
+        self.averages = Averages(config, self.state.fragments, images_before=age_images)
+        self.stored = PowerSnapshots(
+            job.checkpoint_path.with_name("power_ema"), config, worker, images_before=age_images
         )
+        self.store = CheckpointStore(
+            job.checkpoint_path,
+            keep=config.keep_checkpoints,
+            keep_every_images=config.keep_every_images,
+            worker=worker,
+        )
+        self.flops = count_flops(job.network)
+        self.meter = Meter(worker, peak_flops(worker.device, config.precision))
+        self.watch = Watch(job, lambda: self.whole(self.averages.kinds[0]), worker)
 
+    # -- the loop ---------------------------------------------------------------------------------
 
-def _architecture(network: UNetConfig) -> dict[str, Any]:
-    """Everything that shapes the weights; how often streams are dropped does not."""
-    streams = tuple(replace(stream, dropout=0.0) for stream in network.streams)
-    return replace(network, streams=streams).to_json()
+    def train_on(self, progress: Progress, report: Report, stop: StopRequest) -> Progress:
+        """Train from `progress` to the end; return how far it came."""
+        job, config = self.job, self.config
+        samples = JoinedShards(
+            job.shards, image_px=job.read_px, resize=job.resize, missing=job.missing
+        )
+        with closing(samples):
+            batches = self._batches(samples, progress.images_seen)
+            self.meter.restart_clock()
+            for images in range(progress.images_seen, config.final_images, config.batch_images):
+                seen = images + config.batch_images
+                lr = config.lr_at(images + config.batch_images / 2) * progress.lr_factor
+                set_lr(self.engine, lr)
+                step = self._train_batch(batches)
+                progress = self._judge(step, replace(progress, images_seen=seen))
+                self.averages.update(seen)
+                row = {}
+                if _is_due(config, seen, config.log_images):
+                    row = {"lr": lr, "num_spikes": progress.num_spikes, **self.meter.read()}
+                    row |= {"grad_norm": step.grad_norm} if step.taken else {}
+                    progress = replace(progress, loss=row.get("loss", progress.loss))
+                with self.meter.paused():
+                    row |= self._watch(seen)
+                    if row:
+                        report({"images": seen, **row})
+                    asked = stop.is_agreed()
+                    self._keep(progress, asked)
+                if asked and seen < config.final_images:
+                    raise Stopped(seen)
+        return progress
 
+    def _batches(self, samples: JoinedShards, start_images: int) -> Iterator[Batch]:
+        job, network = self.job, self.job.network
+        examples = TrainingExamples(
+            samples,
+            SampleOrder(samples.shard_sizes, seed=job.config.seed),
+            streams=network.streams,
+            seed=job.config.seed,
+            flip=job.config.flip,
+            patch_px=network.image_px if job.read_px > network.image_px else 0,
+            low_res=job.low_res,
+        )
+        return iter(load_batches(examples, job.config, self.worker, start_images))
 
-def _train_on(
-    job: TrainJob, engine: Any, ema: EMA, store: CheckpointStore, start: Progress, report: Report
-) -> Progress:
-    """Train from `start` to the end; return how far it came."""
-    config, progress = job.config, start
-    samples = JoinedShards(
-        job.shards, image_px=job.network.image_px, resize=job.resize, missing=job.missing
-    )
-    with closing(samples):
-        batches = _batches(job, samples, store.worker, start.images_seen)
-        meter = Meter(store.worker)
-        for images in range(start.images_seen, config.final_images, config.batch_images):
-            seen = images + config.batch_images
-            lr = config.lr_at(images + config.batch_images / 2)
-            set_lr(engine, lr)
-            grad_norm = _train_batch(job, engine, batches, meter)
-            _check_finite(job, seen, "gradient norm", grad_norm)
-            ema.update(ema_decay(config, seen))
-            saves = _is_due(config, seen, config.checkpoint_images)
-            if saves or _is_due(config, seen, config.log_images):
-                # A checkpoint ends the stretch: resumed and undisturbed runs report alike.
-                row = {"images": seen, "lr": lr, "grad_norm": grad_norm, **meter.read()}
-                _check_finite(job, seen, "loss", row["loss"])
-                progress = Progress(images_seen=seen, loss=row["loss"])
-                report(row)
-            if saves:
-                store.save(engine, ema, progress)
-                meter.restart_clock()
-    return progress
+    def _train_batch(self, batches: Iterator[Batch]) -> Step:
+        """Take one optimizer step over all micro-batches."""
+        step = None
+        while step is None:
+            with self.meter.waiting():
+                batch = next(batches).to(self.engine.device)
+            loss_B, quantile_B = self._losses(batch)
+            self.engine.backward(loss_B.mean())
+            step = take_step(self.engine, self.config)
+            self.meter.add(loss_B.detach(), quantile_B)
+            self.meter.count_flops(self.flops.batch(batch.conditioning))
+        self.meter.count_step()
+        return step
 
-
-def _batches(
-    job: TrainJob, samples: JoinedShards, worker: Worker, start_images: int
-) -> Iterator[Batch]:
-    examples = TrainingExamples(
-        samples,
-        SampleOrder(samples.shard_sizes, seed=job.config.seed),
-        streams=job.network.streams,
-        seed=job.config.seed,
-        flip=job.config.flip,
-    )
-    return iter(load_batches(examples, job.config, worker, start_images))
-
-
-def _train_batch(job: TrainJob, engine: Any, batches: Iterator[Batch], meter: Meter) -> float:
-    """Take one optimizer step over all micro-batches; return the gradient norm."""
-    grad_norm = math.nan
-    for _ in range(engine.gradient_accumulation_steps()):
-        with meter.waiting():
-            batch = next(batches).to(engine.device)
-        sigma_B = job.distribution.sigma_at(batch.u_B, job.interval)
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of each picture, and the quantile of p(sigma) at which its noise level lies."""
+        job = self.job
         loss_B = denoising_loss(
-            engine,
+            self.engine,
             batch.images_BCHW,
-            sigma_B,
+            job.distribution.sigma_at(batch.u_B, job.interval),
             batch.noise_BCHW,
             batch.conditioning,
             job.preconditioning,
         )
-        engine.backward(loss_B.mean())
-        grad_norm = take_step(engine, job.config.grad_clip)
         low = job.distribution.cdf(job.interval.sigma_min)
-        meter.add(loss_B.detach(), low + batch.u_B * job.interval.mass(job.distribution))
-    return grad_norm
+        return loss_B, low + batch.u_B * job.interval.mass(job.distribution)
 
+    def _judge(self, step: Step, progress: Progress) -> Progress:
+        """Act as the job's policy says on a step that the guard refused."""
+        if not step.taken:
+            progress = replace(progress, num_spikes=progress.num_spikes + 1)
+            reaction = self.guard.react(progress)
+            if self.worker.rank == 0:
+                _log.warning("%s", reaction.message)
+            # Weights go back, the position does not: the batches since are what upset them.
+            if reaction.rolls_back and self._restore() is None and self.worker.rank == 0:
+                _log.warning("there is no checkpoint yet: weights stay as they are")
+            progress = replace(progress, lr_factor=reaction.lr_factor)
+            self.guard.resume(progress)
+        return replace(progress, norm_mean=self.guard.norm_mean)
 
-def _check_finite(job: TrainJob, images_seen: int, name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise TrainingDiverged(
-            f"{name} is {value} at {images_seen} images: lower train.lr or raise "
-            f"train.warmup_images and start anew. The last checkpoint in {job.checkpoint_path} "
-            "is from before"
-        )
+    def _watch(self, seen: int) -> dict[str, float]:
+        """Measure the held-out loss and draw a grid, where they are due."""
+        config = self.config
+        if _is_due(config, seen, config.grid_images):
+            self.watch.draw(seen)
+        if _is_due(config, seen, config.held_out_images):
+            return self.watch.measure(seen)
+        return {}
+
+    def _keep(self, progress: Progress, stops: bool) -> None:
+        """Store averages and save a checkpoint, where they are due."""
+        config, seen = self.config, progress.images_seen
+        stores = self.stored.is_due(seen)
+        if stores:
+            self.stored.store(seen, self.whole)
+        if stops or stores or _is_due(config, seen, config.checkpoint_images):
+            payload = self.state.tensors() | self.averages.tensors()
+            progress = replace(
+                progress, num_steps=self.state.num_steps, loss_sums=self.meter.sums()
+            )
+            self.store.save(self.state.fragments, payload, progress)
+        if stops or seen >= config.final_images:
+            self.store.wait()
+
+    # -- beginning and end ------------------------------------------------------------------------
+
+    def begin(self) -> Progress:
+        """Restore the newest sound checkpoint; without one, start as the job says."""
+        progress = self._restore() or Progress()
+        if not progress.images_seen:
+            carry_over(self.job, self.state, self.averages)
+        self.stored.forget_after(progress.images_seen)
+        self.guard.resume(progress)
+        self.meter.resume(progress.loss_sums)
+        return progress
+
+    def _restore(self) -> Progress | None:
+        """Take weights, moments and averages from the newest sound checkpoint, if there is one."""
+        checkpoint = self.store.load_newest()
+        if checkpoint is None:
+            return None
+        num_steps = checkpoint.progress.num_steps
+        self.state.load(checkpoint.read, optimizer=True, num_steps=num_steps)
+        self.averages.load(checkpoint.read)
+        return checkpoint.progress
+
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """Whole averaged weights by parameter name; called by all ranks together."""
+        return self.state.whole(self.averages.tensors()[kind])
+
+    def save_snapshot(self, end: Progress) -> None:
+        """Leave the averaged weights as the result."""
+        job = self.job
+        average = self.stored.result(end.images_seen, self.whole, job.snapshot_path)
+        if self.worker.rank == 0:
+            snapshot = Snapshot(
+                network=job.network,
+                preconditioning=job.preconditioning,
+                distribution=job.distribution,
+                interval=job.serves or job.interval,
+                images_seen=end.images_seen,
+            )
+            save_snapshot(job.snapshot_path, snapshot, average)
+        torch.distributed.barrier()
 
 
 def _is_due(config: TrainConfig, images_seen: int, every_images: int) -> bool:
-    """Whether the batch that ends at `images_seen` crossed a multiple, or is the last."""
+    """Whether the batch that ends at `images_seen` crossed a multiple, or is the last; 0: never."""
+    if not every_images:
+        return False
     before = images_seen - config.batch_images
     crossed = images_seen // every_images > before // every_images
     return crossed or images_seen >= config.final_images
-
-
-def _save_snapshot(job: TrainJob, ema: EMA, worker: Worker, images_seen: int) -> None:
-    average = ema.gather()
-    if worker.rank == 0:
-        snapshot = Snapshot(
-            network=job.network,
-            preconditioning=job.preconditioning,
-            distribution=job.distribution,
-            interval=job.interval,
-            images_seen=images_seen,
-        )
-        save_snapshot(job.snapshot_path, snapshot, average)
-    dist.barrier()
-
-
-class Meter:
-    """Loss and speed since the last reading."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        # Row 0 sums losses, row 1 counts images, per octile of the sigma distribution. On the
-        # device: reading a value at every step would stop a GPU.
-        self._bins = torch.zeros(2, _NUM_SIGMA_BINS, dtype=torch.float64, device=worker.device)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave out the time that passed since the last reading."""
-        self._waited_s = 0.0
-        self._started_s = time.perf_counter()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
-        started_s = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - started_s
-
-    def add(self, loss_B: Tensor, quantile_B: Tensor) -> None:
-        """Note the losses of some images and where in the distribution their sigma lies."""
-        bin_B = (quantile_B * _NUM_SIGMA_BINS).long().clamp_(max=_NUM_SIGMA_BINS - 1)
-        losses_2B = torch.stack([loss_B.double(), torch.ones_like(loss_B, dtype=torch.float64)])
-        self._bins.index_add_(1, bin_B, losses_2B)
-
-    def read(self) -> dict[str, float]:
-        """Means over all ranks since the last reading; called by all ranks together."""
-        dist.all_reduce(self._bins)
-        elapsed_s = time.perf_counter() - self._started_s
-        sums, counts = self._bins.tolist()
-        row = {
-            "loss": sum(sums) / sum(counts),
-            "images_per_s": sum(counts) / elapsed_s,
-            "data_wait_fraction": self._waited_s / elapsed_s,
-        }
-        for index, (loss, count) in enumerate(zip(sums, counts)):
-            if count:
-                row[f"loss/sigma_bin_{index:02d}"] = loss / count
-        self._bins.zero_()
-        self.restart_clock()
-        return row

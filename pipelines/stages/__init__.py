@@ -13,6 +13,7 @@ from pipelines.stages.ingest import ingest_stage
 from pipelines.stages.sample import Sample
 from pipelines.stages.train_base import TrainBase
 from pipelines.stages.train_experts import TrainExperts
+from pipelines.stages.train_super_resolution import TrainSuperResolution
 
 
 def build_stages(recipe: CacheRecipe) -> list[Stage]:
@@ -37,4 +38,8 @@ def build_stages(recipe: CacheRecipe) -> list[Stage]:
         Assemble(recipe=recipe, embeds=embed_names),
         Sample(config=recipe.sample, seed=recipe.seed),
         Evaluate(recipe=recipe, embeds=embed_names),
+        *(
+            TrainSuperResolution(recipe=recipe, model=name, embeds=embed_names)
+            for name in recipe.super_resolution
+        ),
     ]

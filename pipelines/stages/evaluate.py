@@ -43,7 +43,7 @@ class Evaluate:
     recipe: Recipe
     embeds: tuple[str, ...]
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: losses on the draws that training is watched by, so named
     gang: ClassVar[bool] = False
 
     @property
@@ -91,14 +91,17 @@ class Evaluate:
             files=["report.json", "loss_by_sigma.png"],
             num_in=len(real),
             num_out=report["num_drawn"],
-            facts={"metrics": _metrics(report), "artifacts": ["report.json", "loss_by_sigma.png"]},
+            facts={
+                "metrics": _metrics(report, losses),
+                "artifacts": ["report.json", "loss_by_sigma.png"],
+            },
         )
 
     def _losses(
         self, generator: Generator, inputs: Mapping[str, Manifest]
     ) -> dict[str, list[BinLoss]]:
         """Loss by noise bin of each model: same samples, same sigmas, same noise."""
-        from ediffi.loss import loss_by_sigma_bin
+        from ediffi.loss import HELD_OUT_SEED, loss_by_sigma_bin
 
         config = self.recipe.evaluate
         batches = list(self._held_out_batches(generator, inputs))
@@ -110,7 +113,7 @@ class Evaluate:
                 preconditioning=generator.info.preconditioning,
                 num_bins=config.num_bins,
                 draws_per_bin=config.draws_per_bin,
-                seed=self.recipe.seed,
+                seed=HELD_OUT_SEED,
             )
             for model in MODELS
         }
@@ -127,7 +130,7 @@ class Evaluate:
         shards = joined_shards(inputs, "held_out")
         samples = JoinedShards(
             shards,
-            image_px=self.recipe.data.image_px,
+            image_px=self.recipe.base_px,
             resize=self.recipe.data.resize,
             missing=self.recipe.missing_embeddings,
         )
@@ -181,11 +184,11 @@ class Evaluate:
 
         from ediffi.shards import caption_of, decode_image, fit_image, picture_of, read_shard
 
-        data = self.recipe.data
+        image_px, resize = self.recipe.base_px, self.recipe.data.resize
         samples = (members for path in paths for _, members in read_shard(path))
         pictures, captions = [], []
         for members in itertools.islice(samples, limit):
-            pixels = fit_image(decode_image(picture_of(members)), data.image_px, data.resize)
+            pixels = fit_image(decode_image(picture_of(members)), image_px, resize)
             pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
             captions.append(caption_of(members))
         return torch.stack(pictures), captions
@@ -213,14 +216,14 @@ def _distances(extract: FeatureExtractor, pictures: Tensor, real: Tensor) -> Jso
     }
 
 
-def _metrics(report: Json) -> dict[str, float]:
+def _metrics(report: Json, losses: Mapping[str, list[BinLoss]]) -> dict[str, float]:
     """The report's figures under a few stable names, for MLflow and `ediffi compare`."""
+    from ediffi.loss import held_out_metrics
+
     metrics = {}
     for model in MODELS:
-        bins = report["loss"][model]
-        metrics[f"{model}/loss"] = sum(one["mean"] for one in bins) / len(bins)
-        for one in bins:
-            metrics[f"{model}/loss/sigma_bin_{one['index']:02d}"] = one["mean"]
+        for name, value in held_out_metrics(losses[model]).items():
+            metrics[f"{model}/{name}"] = value
         for name, value in report["distance"][model].items():
             metrics[f"{model}/{name}_distance"] = value
         metrics[f"{model}/text_alignment"] = report["alignment"][model]["score"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pipelines.recipe import Recipe
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
-from pipelines.stages.training import train_identity, train_unit
+from pipelines.stages.training import network_config, train_identity, train_job, train_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,24 @@ class TrainBase:
             "streams": list(recipe.encoders),  # their order is the order of the context
             "dropout": {name: encoder.dropout for name, encoder in recipe.encoders.items()},
             "train": train_identity(recipe.base),
+            **({"keeps_state": True} if self._keeps_state else {}),
         }
 
     def plan(self, inputs: Mapping[str, Manifest]) -> list[Unit]:
         return [Unit(id="base")]
 
     def run(self, unit: Unit, workspace: Workspace) -> Outcome:
-        from ediffi.noise import WHOLE
+        job = train_job(
+            self.recipe,
+            workspace,
+            network=network_config(self.recipe, workspace.inputs),
+            config=self.recipe.base,
+            snapshot_path=workspace.scratch / unit.id,
+            durable=workspace.durable,
+        )
+        return train_unit(job, workspace, keeps_state=self._keeps_state)
 
-        return train_unit(self.recipe, self.recipe.base, WHOLE, None, unit.id, workspace)
+    @property
+    def _keeps_state(self) -> bool:
+        """Whether experts carry on more than the averaged weights."""
+        return self.recipe.experts.needs_parent_state

@@ -1,4 +1,4 @@
-"""What training the base and training an expert share: a job from the recipe and the caches."""
+"""What all training stages share: a job from the recipe and the caches, and doing it."""
 
 from __future__ import annotations
 
@@ -7,72 +7,146 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ediffi.noise import WHOLE, NoiseInterval
 from ediffi.train.config import TrainConfig
 from pipelines.recipe import Recipe
 from pipelines.stage import Json, Manifest, Outcome, Workspace
 from pipelines.stages.inputs import joined_shards, stream_configs, without
 
 if TYPE_CHECKING:
-    from ediffi.noise import NoiseInterval
+    from ediffi.network import NetworkConfig
+    from ediffi.train.data import LowRes
+    from ediffi.train.job import TrainJob
+    from ediffi.train.start import Start
     from ediffi.unet import UNetConfig
 
-# These say how often something is written or how much fits at once, not what is learnt.
+# These say how often something is written or shown, how much fits at once and how fast it goes,
+# not what is learnt.
 NOT_IN_IDENTITY = (
     "checkpoint_images",
+    "compile",
     "data_workers",
+    "gradient_checkpointing",
+    "grid_images",
+    "held_out_images",
+    "held_out_samples",
     "keep_checkpoints",
+    "keep_every_images",
     "log_images",
     "micro_batch_images",
+    "offload_optimizer",
+    "offload_parameters",
 )
+# Settings that came later. At these values training does what it did before they existed, so
+# they are left out and finished work keeps its fingerprint.
+NEUTRAL: dict[str, Json] = {
+    "on_spike": "stop",
+    "spike_factor": 0.0,
+    "max_spikes": 10,
+    "ema_profile": "half_life",
+}
+# What only one kind of average looks at.
+OF_PROFILE = {
+    "half_life": ("ema_half_life_images", "ema_ramp_fraction"),
+    "power": ("ema_std", "ema_track_stds", "ema_snapshot_images"),
+}
+GRID_PICTURES = 16  # in a grid drawn while training
 
 
 def train_identity(config: TrainConfig) -> Json:
     """The settings of one training run that decide its outcome."""
-    return without(asdict(config), NOT_IN_IDENTITY)
+    unused = [
+        name for kind, names in OF_PROFILE.items() if kind != config.ema_profile for name in names
+    ]
+    values = without(asdict(config), (*NOT_IN_IDENTITY, *unused))
+    return {name: one for name, one in values.items() if (name, one) not in NEUTRAL.items()}
 
 
 def network_config(recipe: Recipe, inputs: Mapping[str, Manifest]) -> UNetConfig:
     """The recipe's U-Net, its streams as wide as the caches say."""
-    from ediffi.unet import UNetConfig
-
-    return UNetConfig(
-        image_px=recipe.data.image_px,
-        streams=stream_configs(recipe.encoders, inputs),
-        **recipe.network.model_dump(),
-    )
+    return recipe.network.config(recipe.base_px, stream_configs(recipe.encoders, inputs))
 
 
-def train_unit(
+def picture_streams(recipe: Recipe) -> tuple[str, ...]:
+    """Streams that encode the picture itself: sampling from a caption does without them."""
+    return tuple(name for name, one in recipe.encoders.items() if one.family == "open_clip_image")
+
+
+def train_job(
     recipe: Recipe,
-    config: TrainConfig,
-    interval: NoiseInterval,
-    initial: Path | None,
-    unit: str,
     workspace: Workspace,
-) -> Outcome:
-    """Train one denoiser and leave its snapshot in the scratch directory under the unit's name."""
-    from ediffi.preconditioning import Preconditioning
-    from ediffi.train.loop import TrainJob, train
+    *,
+    snapshot_path: Path,
+    durable: Path,
+    network: NetworkConfig,
+    config: TrainConfig,
+    interval: NoiseInterval = WHOLE,
+    start: Start | None = None,
+    base: Path | None = None,
+    picture_px: int = 0,
+    low_res: LowRes | None = None,
+) -> TrainJob:
+    """Describe one training run to the model library.
 
-    job = TrainJob(
-        network=network_config(recipe, workspace.inputs),
+    Args:
+        snapshot_path: where the result goes.
+        durable: where checkpoints and grids go, in storage that all ranks share.
+    """
+    from ediffi.preconditioning import Preconditioning
+    from ediffi.train.held_out import GridConfig
+    from ediffi.train.job import TrainJob
+
+    sampling = recipe.sample
+    watches = config.held_out_images or config.grid_images
+    return TrainJob(
+        network=network,
         preconditioning=Preconditioning(sigma_data=recipe.noise.sigma_data),
         distribution=recipe.noise.distribution,
         interval=interval,
         config=config,
         shards=joined_shards(workspace.inputs, "train"),
+        held_out=joined_shards(workspace.inputs, "held_out") if watches else (),
         resize=recipe.data.resize,
         missing=recipe.missing_embeddings,
-        initial=initial,
-        checkpoint_path=workspace.durable / "checkpoints",
-        snapshot_path=workspace.scratch / unit,
+        picture_px=picture_px,
+        low_res=low_res,
+        start=start,
+        base=base,
+        grid=GridConfig(
+            num_pictures=GRID_PICTURES,
+            sampler=sampling.sampler,
+            num_steps=sampling.num_steps,
+            guidance=sampling.guidance,
+            sigma_min=sampling.sigma_min,
+            sigma_max=sampling.sigma_max,
+            rho=sampling.rho,
+            seed=recipe.seed,
+            dropped_streams=picture_streams(recipe),
+        ),
+        checkpoint_path=durable / "checkpoints",
+        snapshot_path=snapshot_path,
+        grid_path=durable / "grids",
     )
-    summary = train(job, workspace.report)
+
+
+def train_unit(job: TrainJob, workspace: Workspace, *, keeps_state: bool = False) -> Outcome:
+    """Train one denoiser; its snapshot, in a folder of scratch, is what the unit leaves.
+
+    Args:
+        keeps_state: leave the last checkpoint too, for children that carry on more than weights.
+    """
+    from ediffi.train.loop import train
+    from ediffi.train.start import publish_state
+
+    summary = train(job, workspace.report, workspace.should_stop)
     if workspace.rank != 0:
         return Outcome()
+    if keeps_state:
+        publish_state(job.checkpoint_path, job.snapshot_path)
     num_images = int(summary["images_seen"])
+    files = sorted(path for path in job.snapshot_path.rglob("*") if path.is_file())
     return Outcome(
-        files=[f"{unit}/{path.name}" for path in sorted(job.snapshot_path.iterdir())],
+        files=[str(path.relative_to(workspace.scratch)) for path in files],
         num_in=num_images,
         num_out=num_images,
         facts={

@@ -226,3 +226,44 @@ def test_stream_config_explains_what_is_wrong(fields: dict[str, object], message
     """Each bad field is named with what was required."""
     with pytest.raises(ValueError, match=message):
         StreamConfig.from_json(fields)
+
+
+def enlarged(num: int = 3) -> Conditioning:
+    """Return a batch with one stream and low-resolution pictures of different brightness."""
+    low_res_BCHW = torch.arange(num, dtype=torch.float32).view(-1, 1, 1, 1).expand(num, 3, 2, 2)
+    return Conditioning({"clip": Stream(pooled_BD=torch.ones(num, 2))}, num, low_res_BCHW)
+
+
+def brightness(conditioning: Conditioning) -> list[float]:
+    """Return the brightness of each low-resolution picture."""
+    assert conditioning.low_res_BCHW is not None
+    return conditioning.low_res_BCHW[:, 0, 0, 0].tolist()
+
+
+def test_low_resolution_pictures_go_where_their_samples_go() -> None:
+    """Selecting, repeating, joining and moving take them along."""
+    conditioning = enlarged()
+    assert brightness(conditioning.select(torch.tensor([2, 0]))) == [2, 0]
+    assert brightness(conditioning.repeat(2)) == [0, 1, 2, 0, 1, 2]
+    assert brightness(Conditioning.concatenate([conditioning, enlarged(1)])) == [0, 1, 2, 0]
+    moved = conditioning.to(dtype=torch.bfloat16).low_res_BCHW
+    assert moved is not None
+    assert moved.dtype == torch.bfloat16
+
+
+def test_dropping_streams_keeps_low_resolution_pictures() -> None:
+    """They are what is enlarged: neither dropout nor the null conditioning takes them."""
+    conditioning = enlarged()
+    dropped = conditioning.drop({"clip": torch.zeros(3, dtype=torch.bool)})
+    for one in (dropped, conditioning.null()):
+        assert brightness(one) == [0, 1, 2]
+        assert not one.streams["clip"].pooled_BD.any()
+
+
+def test_low_resolution_pictures_must_fit_their_batch() -> None:
+    """One for every sample, and in all batches that are joined or in none."""
+    with pytest.raises(ValueError, match="low_res_BCHW must have batch_size 3, got 2"):
+        Conditioning({}, 3, torch.zeros(2, 3, 4, 4))
+    lacking = Conditioning(enlarged().streams, 3)
+    with pytest.raises(ValueError, match="only some batches have low_res_BCHW"):
+        Conditioning.concatenate([enlarged(), lacking])

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from ediffi.conditioning import Conditioning
-from ediffi.loss import denoising_loss, loss_by_sigma_bin, sigma_bins
+from ediffi.loss import (
+    BinLoss,
+    denoising_loss,
+    held_out_metrics,
+    loss_by_sigma_bin,
+    paired_draws,
+    sigma_bins,
+)
 from ediffi.noise import SigmaDistribution, check_tiling
 from ediffi.preconditioning import Preconditioning
 
@@ -168,3 +175,33 @@ def test_too_few_samples_are_an_error_that_names_the_remedy():
         seed=0,
     )
     assert [bin_loss.num for bin_loss in losses] == [20, 20]
+
+
+def test_noise_levels_are_the_same_whether_or_not_the_noise_is_drawn():
+    """Sigma comes first out of each draw, so that it can be had alone."""
+    interval = sigma_bins(4, PAPER)[2]
+    whole, noise_BCHW = paired_draws(PAPER, interval, (3, 4, 4), 7, range(5), 2)
+    alone, _ = paired_draws(PAPER, interval, (), 7, range(5), 2)
+    assert torch.equal(whole, alone)
+    assert noise_BCHW.shape == (5, 3, 4, 4)
+
+
+def bin_losses(*means: float) -> list[BinLoss]:
+    """Bins with these means."""
+    return [
+        BinLoss(index=i, sigma_min=0.0, sigma_max=1.0, mean=mean, standard_error=0.1, num=2)
+        for i, mean in enumerate(means)
+    ]
+
+
+def test_held_out_metrics_name_the_mean_and_every_bin():
+    """Octiles have the names that training gives them; other bins cannot be taken for octiles."""
+    octiles = held_out_metrics(bin_losses(*range(8)))
+    assert octiles["held_out_loss"] == 3.5
+    assert octiles["held_out_loss/sigma_bin_07"] == 7
+    assert len(octiles) == 9
+    assert held_out_metrics(bin_losses(1.0, 3.0)) == {
+        "held_out_loss": 2.0,
+        "held_out_loss/sigma_bin_00_of_2": 1.0,
+        "held_out_loss/sigma_bin_01_of_2": 3.0,
+    }

@@ -13,6 +13,7 @@ from ediffi.noise import (
     WHOLE,
     NoiseInterval,
     SigmaDistribution,
+    ancestors,
     check_tiling,
     paper_intervals,
     tree_node,
@@ -100,6 +101,54 @@ def test_tree_node_refuses_nodes_that_do_not_exist(level, index):
     """Level l has the nodes 0 to 2^l - 1 only."""
     with pytest.raises(ValueError, match="2\\^level"):
         tree_node(level, index, PAPER)
+
+
+def test_the_papers_experts_grow_through_the_outer_nodes():
+    """E^3_0 has two ancestors, E^9_511 eight; the complement, across the median, has none."""
+    experts = paper_intervals(PAPER)
+    assert list(ancestors(experts["low"], PAPER)) == ["E1_0", "E2_0"]
+    assert list(ancestors(experts["high"], PAPER)) == [f"E{n}_{2**n - 1}" for n in range(1, 9)]
+    assert ancestors(experts["middle"], PAPER) == {}
+    assert ancestors(WHOLE, PAPER) == {}
+
+
+def test_an_interval_covers_what_lies_inside_it():
+    """Itself and its parts; edges count, overlaps do not."""
+    assert WHOLE.covers(NoiseInterval(0.5))
+    assert NoiseInterval(0.5, 2.0).covers(NoiseInterval(0.5, 2.0))
+    assert not NoiseInterval(0.5, 2.0).covers(NoiseInterval(1.0, 2.1))
+    assert not NoiseInterval(0.5, 2.0).covers(NoiseInterval(0.4, 1.0))
+
+
+def test_ancestors_of_any_interval_are_nested_nodes_around_it():
+    """Each is a node of its level, inside the one before; no node of a deeper level holds it."""
+    generator = np.random.default_rng(0)
+    edges = np.sort(PAPER.log_mean + 2.5 * generator.standard_normal((50, 2)), axis=1)
+    for low, high in np.exp(edges).tolist():
+        interval, before = NoiseInterval(low, high), WHOLE
+        nodes = ancestors(interval, PAPER)
+        for level, (name, node) in enumerate(nodes.items(), start=1):
+            index = int(name.removeprefix(f"E{level}_"))
+            assert node == tree_node(level, index, PAPER)
+            assert node.covers(interval)
+            assert before.covers(node)
+            before = node
+        level = len(nodes) + 1
+        if level < 12:
+            below = [tree_node(level, index, PAPER) for index in range(2**level)]
+            assert not any(node.covers(interval) for node in below)
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [NoiseInterval(1e6), NoiseInterval(0.0, 1e-15), NoiseInterval(1.0, next_float32(1.0))],
+    ids=str,
+)
+def test_ancestors_of_extreme_intervals_come_to_an_end(interval):
+    """Far out in a tail, or as thin as float32 allows, the chain is long but finite."""
+    nodes = ancestors(interval, PAPER)
+    assert 20 < len(nodes) <= 52
+    assert all(node.covers(interval) for node in nodes.values())
 
 
 def test_sigma_at_is_the_inverse_cdf_of_the_interval():

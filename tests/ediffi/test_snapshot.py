@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ediffi.conditioning import Conditioning
+from ediffi.efficient_unet import EfficientUNet, EfficientUNetConfig
 from ediffi.noise import NoiseInterval, SigmaDistribution
 from ediffi.preconditioning import Denoiser, Preconditioning
 from ediffi.snapshot import Snapshot, SnapshotError, load_snapshot, read_snapshot, save_snapshot
@@ -40,6 +42,31 @@ def test_snapshot_gives_back_record_and_denoiser(tmp_path):
     inputs = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 9.0]), Conditioning({}, 2)
     expected = Denoiser(network, SNAPSHOT.preconditioning).eval()(*inputs)
     assert torch.equal(denoiser(*inputs), expected)
+
+
+def test_a_super_resolution_snapshot_comes_back_as_what_it_was(tmp_path):
+    """The record names the family, so that the right network is built."""
+    config = EfficientUNetConfig(image_px=8, widths=(8,), num_blocks=(1,), low_res_factor=2)
+    snapshot = replace(SNAPSHOT, network=config)
+    network = EfficientUNet(config)
+    save_snapshot(tmp_path, snapshot, network.state_dict())
+    loaded, denoiser = load_snapshot(tmp_path)
+    assert loaded == snapshot
+    assert isinstance(denoiser.network, EfficientUNet)
+    state = denoiser.network.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in network.state_dict().items())
+
+
+def test_a_snapshot_from_before_there_were_families_can_be_read(tmp_path):
+    """Without a family, the network is the base's U-Net."""
+    save_snapshot(tmp_path, SNAPSHOT, random_state())
+    path = tmp_path / "snapshot.json"
+    record = json.loads(path.read_text())
+    assert record["network"].pop("family") == "adm"
+    path.write_text(json.dumps(record))
+    snapshot, denoiser = load_snapshot(tmp_path)
+    assert snapshot == SNAPSHOT
+    assert isinstance(denoiser.network, UNet)
 
 
 def test_equal_snapshots_are_equal_bytes(tmp_path):

@@ -99,6 +99,37 @@ def test_gradient_reaches_every_parameter(unet: UNet, inputs: Inputs) -> None:
     assert idle == []
 
 
+def test_gradient_checkpointing_changes_no_bit(inputs: Inputs) -> None:
+    """Output and gradients are equal whether activations are kept or computed again."""
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        network = UNet(CONFIG)
+        torch.nn.init.normal_(network.conv_out.weight)
+        network.gradient_checkpointing = recompute
+        f_BCHW = network(*inputs)
+        f_BCHW.square().mean().backward()
+        results.append([f_BCHW, *(p.grad for p in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradient_checkpointing_keeps_less(unet: UNet, inputs: Inputs) -> None:
+    """Fewer bytes are saved for the way back."""
+    saved_bytes = []
+    for recompute in (False, True):
+        unet.gradient_checkpointing = recompute
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            unet(*inputs)
+        saved_bytes.append(sum(sizes))
+    assert saved_bytes[1] < 0.5 * saved_bytes[0]
+
+
 @pytest.mark.parametrize("name", ["t5", "clip_text", "clip_image"])
 def test_every_stream_matters(unet: UNet, inputs: Inputs, name: str) -> None:
     """Dropping any one stream changes the output."""

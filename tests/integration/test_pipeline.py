@@ -16,7 +16,6 @@ from safetensors.torch import load
 
 import ediffi
 from ediffi.ensemble import read_ensemble_info
-from pipelines.durable import read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -169,21 +168,3 @@ def test_changed_experts_rerun_only_what_follows(project: Any, undisturbed: Any)
     base = run_of(undisturbed, "base").info.run_id
     assert run_of(result, "base").data.tags["cached_from"] == base
     assert "config.train.lr" in run_of(result, "experts").data.tags["ediffi.reason"]
-
-
-def test_a_gang_of_two_learns_what_one_worker_does(project: Any, undisturbed: Any) -> None:
-    """Two ranks under Ray Train report the losses that one worker reports at the same images."""
-    result = project.run(
-        "store", "base", "--set=resources.base.num_workers=2", "--set=base.total_images=320"
-    )
-    assert states(result)["base"] == "ran"
-    alone, gang = (losses(one) for one in (undisturbed, result))
-    assert max(gang) == 320
-    assert [alone[images] for images in gang] == pytest.approx(list(gang.values()), rel=1e-4)
-
-
-def losses(result: Any) -> dict[int, float]:
-    """Training loss of the base by images seen."""
-    row = next(row for row in result["stages"] if row["name"] == "base")
-    rows = read_progress(Path(row["path"]) / "durable" / "base")
-    return {row["images"]: row["loss"] for row in rows}

@@ -1,8 +1,12 @@
 """Stages without pictures: small enough to run in every test, on Ray too."""
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -23,7 +27,9 @@ class FakeStage:
         behaviour: by unit, what it does instead: `fails`, `refuses` its input (ValueError),
             `refuses as user` (UserError), `is cut off` (RetryableError), `dies` together with its
             process; `fails once` and `dies once` go well at the second attempt;
-            `reads first` looks at the manifest of the stage `first`.
+            `reads first` looks at the manifest of the stage `first`; `trains once` and `trains`
+            keep state and end when asked to, `is deaf` ends by a file `enough`;
+            `warns` logs what training would.
         keys: by unit, what decides its bytes.
     """
 
@@ -48,11 +54,29 @@ class FakeStage:
         self._misbehave(unit.id, is_first=workspace.attempt == 1)
         if self.behaviour.get(unit.id) == "reads first":
             _ = workspace.inputs["first"].receipts
+        self._train(unit.id, workspace)
         for images in (1, 2):
             workspace.report({"images": images, "loss": 1 / images})
         (workspace.scratch / f"{unit.id}.txt").write_text(f"{self.name}/{unit.id}")
         (workspace.scratch / "left-over.txt").write_text("not named in the outcome")
         return Outcome(files=[f"{unit.id}.txt"], num_in=2, num_out=1, rejects={"odd": ["k"]})
+
+    def _train(self, unit_id: str, workspace: Workspace) -> None:
+        """Go on until told to end; a unit that has a saved state is nearly done."""
+        behaviour, saved = self.behaviour.get(unit_id, ""), workspace.durable / "saved"
+        if behaviour == "warns":
+            logging.getLogger("ediffi.train.checkpoint").warning("one is damaged")
+        while behaviour == "is deaf" and not (workspace.durable / "enough").exists():
+            time.sleep(0.05)
+        if behaviour == "trains" or (behaviour == "trains once" and not saved.exists()):
+            with _sigterm() as is_told:
+                (workspace.durable / "trains").touch()
+                while not (workspace.should_stop() or is_told):
+                    time.sleep(0.05)
+            saved.touch()
+            from ediffi.train.stop import Stopped  # imports torch
+
+            raise Stopped(7)
 
     def _misbehave(self, unit_id: str, *, is_first: bool) -> None:
         from pipelines.errors import RetryableError, UserError
@@ -72,6 +96,24 @@ class FakeStage:
                 raise ValueError(f"{unit_id} has a wrong input")
             case "refuses as user":
                 raise UserError(f"{unit_id} has a wrong input") from OSError("an inner reason")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeTraining(FakeStage):
+    """A stage whose units can stop."""
+
+    gang: ClassVar[bool] = True
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """Gets the signals sent to this process, as training by one worker hears them."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def attempts(record: StageRecord, unit: str) -> list[int]:

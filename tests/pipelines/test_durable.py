@@ -1,11 +1,14 @@
 """Tests of pipelines.durable: what outlives an attempt, in a directory and in a bucket."""
 
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pipelines import durable as module
-from pipelines.durable import Durable, read_progress
+from pipelines.durable import Durable, grids_in, read_progress, read_reports
 from pipelines.location import Location, location
 
 
@@ -49,39 +52,160 @@ def test_what_is_removed_is_removed_from_the_store(place: Location) -> None:
     assert (place / "checkpoints" / "images-200" / "complete.json").exists()
 
 
+def bucket_of(s3_store: str) -> Location:
+    """A unit's durable folder in a bucket."""
+    return location(s3_store) / "durable" / "base"
+
+
+def names(place: Location) -> list[str]:
+    """What lies in the bucket below a place."""
+    found = place.fs.find(place.path)
+    return sorted(path.removeprefix(f"{place.path}/") for path in found)
+
+
 def test_a_checkpoint_without_its_mark_is_invisible(
     s3_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that dies while it copies leaves files in the bucket, but no complete checkpoint."""
-    place = location(s3_store) / "durable" / "base"
+    place = bucket_of(s3_store)
     one = Durable(place)
     checkpoint(one.path, "images-100", "w")
     put = place.fs.put_file
 
     def dies_at_the_mark(source: str, target: str) -> None:
         if target.endswith("complete.json"):
-            raise KeyboardInterrupt
+            raise OSError("gone")
         put(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(place.fs, "put_file", dies_at_the_mark)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(OSError, match="gone"), one:
             one.report({"images": 100})
-    folder = place / "checkpoints" / "images-100"
-    assert sorted(path.name for path in folder.iterdir()) == ["weights"]
+    assert names(place) == ["checkpoints/images-100/weights", "progress.jsonl"]
 
 
-def test_progress_reaches_a_bucket_now_and_then(
+def test_what_is_half_written_stays_here(s3_store: str) -> None:
+    """Checkpoints are written in the background: hidden folders and unmarked ones are not sent."""
+    place = bucket_of(s3_store)
+    with Durable(place) as one:
+        checkpoint(one.path, "images-100", "w")
+        checkpoint(one.path, ".partial-200-a", "w")
+        checkpoint(one.path, "images-300", "w")
+        (one.path / "checkpoints" / "images-300" / "complete.json").unlink()
+        checkpoint(one.path / "levels" / "E1_1", "images-50", "w")
+        (one.path / "grids").mkdir()
+        (one.path / "grids" / "images-100.png").write_text("png")
+        (one.path / "grids" / ".images-200.png").write_text("pn")
+    assert names(place) == [
+        "checkpoints/images-100/complete.json",
+        "checkpoints/images-100/weights",
+        "grids/images-100.png",
+        "levels/E1_1/checkpoints/images-50/complete.json",
+        "levels/E1_1/checkpoints/images-50/weights",
+    ]
+
+
+def test_a_checkpoint_that_is_retired_while_it_is_copied_leaves_no_mark(
     s3_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver reads it from there; a row does not cost a request each time."""
-    place = location(s3_store) / "durable" / "base"
-    clock = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    """The bucket gets some of its files, never a mark; the next copy takes them away."""
+    place = bucket_of(s3_store)
+    one = Durable(place)
+    checkpoint(one.path, "images-100", "w")
+    (one.path / "checkpoints" / "images-100" / "averages").write_text("a")
+    put = place.fs.put_file
+
+    def retires_midway(source: str, target: str) -> None:
+        put(source, target)
+        shutil.rmtree(one.path / "checkpoints" / "images-100", ignore_errors=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.fs, "put_file", retires_midway)
+        module._Copier(one.path, place).copy()
+    assert names(place) == ["checkpoints/images-100/averages"]
+    with one:
+        one.report({"images": 200})
+    assert names(place) == ["progress.jsonl"]
+
+
+def test_reporting_does_not_wait_for_a_bucket(
+    s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are made by a thread, now and then; the driver reads the rows from there."""
+    place = bucket_of(s3_store)
+    put, gate, puts = place.fs.put_file, threading.Event(), []
+
+    def slow(source: str, target: str) -> None:
+        puts.append(target)
+        assert gate.wait(20)
+        put(source, target)
+
+    monkeypatch.setattr(place.fs, "put_file", slow)
     with Durable(place) as one:
-        for images in (1, 2, 3):
-            one.report({"images": images})
-        assert [row["images"] for row in read_progress(place)] == [1]
-        clock[0] += module.PUSH_S
-        one.report({"images": 4})
-        assert [row["images"] for row in read_progress(place)] == [1, 2, 3, 4]
+        for images in range(100):
+            one.report({"images": images})  # would wait for ever
+        assert len(puts) <= 1
+        gate.set()
+    assert len(puts) <= 2
+    assert [row["images"] for row in read_progress(place)] == list(range(100))
+
+
+def test_a_copy_that_failed_is_told(s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training on would only lose more: the next row raises what the bucket said."""
+    place = bucket_of(s3_store)
+    one = Durable(place)
+    failed = threading.Event()
+
+    def fails(source: str, target: str) -> None:
+        failed.set()
+        raise OSError("access denied")
+
+    monkeypatch.setattr(place.fs, "put_file", fails)
+    one.report({"images": 1})
+    assert failed.wait(20)
+    time.sleep(0.5)  # the thread is about to keep what was raised
+    with pytest.raises(OSError, match="access denied"):
+        one.report({"images": 2})
+
+
+def test_notices_are_kept_apart_and_told_once(place: Location) -> None:
+    """A resumed attempt says again what it said; rows are metrics alone."""
+    for images in (100, 50, 200):
+        with Durable(place) as one:
+            one.notice("a spike at 60 images")
+            one.report({"images": images, "loss": 1.0})
+    reports = read_reports(place)
+    assert reports.notices == ["a spike at 60 images"]
+    assert [row["images"] for row in reports.rows] == [50, 200]
+
+
+def test_a_chain_of_runs_is_one_curve(place: Location) -> None:
+    """Runs after one another whose images go on counting; the second is resumed midway."""
+    with Durable(place) as one:
+        for images in (10, 20, 30, 40, 50):
+            one.report({"images": images, "loss": 1.0})
+    with Durable(place) as one:
+        for images in (40, 50, 60):
+            one.report({"images": images, "loss": 2.0})
+    rows = read_progress(place)
+    assert [row["images"] for row in rows] == [10, 20, 30, 40, 50, 60]
+    assert [row["loss"] for row in rows] == [1, 1, 1, 2, 2, 2]
+
+
+def test_grids_are_found_in_order(place: Location) -> None:
+    """By images seen, which their names begin with; what is being written is not seen."""
+    with Durable(place) as one:
+        level = one.path / "levels" / "E1_1" / "grids"
+        for folder in (one.path / "grids", level):
+            folder.mkdir(parents=True)
+        for name in ("images-0000000200.png", "images-0000000100.png", ".x.png", "notes.txt"):
+            (one.path / "grids" / name).write_text("x")
+        (level / "images-0000000050.png").write_text("x")
+    found = grids_in(place)
+    assert list(found) == [
+        "images-0000000100.png",
+        "images-0000000200.png",
+        "E1_1/images-0000000050.png",
+    ]
+    assert all(path.read_text() == "x" for path in found.values())
+    assert grids_in(place / "nothing") == {}

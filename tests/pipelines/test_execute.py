@@ -1,6 +1,7 @@
 """Tests of pipelines.execute: one unit from task to receipt, and the rows it reports."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.durable import read_progress
+from ediffi.train.stop import Stopped
+from pipelines.durable import read_progress, read_reports
 from pipelines.execute import Task, execute
 from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import Recipe
 from pipelines.stage import Unit
+from pipelines.stopping import StopMark
 from tests.pipelines.fake_stages import FakeStage, attempts, finish
 
 
@@ -91,6 +94,28 @@ def test_only_rank_0_publishes_and_keeps_progress(task_of: Callable[..., Task]) 
     rows = [{"images": 1, "loss": 1.0}, {"images": 2, "loss": 0.5}]
     assert told == rows * 2
     assert read_progress(one.durable_path) == rows
+
+
+def test_what_training_warns_of_becomes_a_notice(task_of: Callable[..., Task]) -> None:
+    """On rank 0, where people will read it; nothing listens to the log any more afterwards."""
+    stage = FakeStage(name="first", behaviour={"a": "warns"})
+    one = task_of(stage)
+    execute(one, rank=1, world_size=2)
+    assert read_reports(one.durable_path).notices == []
+    execute(one)
+    assert read_reports(one.durable_path).notices == ["one is damaged"]
+    assert logging.getLogger("ediffi.train").handlers == []
+
+
+def test_a_unit_hears_the_word_of_its_run(task_of: Callable[..., Task]) -> None:
+    """It keeps its state and says so; nothing is published, and the next attempt goes on."""
+    one = replace(task_of(FakeStage(name="first", behaviour={"a": "trains once"})), run_id="run-1")
+    StopMark(Ledger.at(one.store).store, "run-1").put()
+    with pytest.raises(Stopped, match="after 7 images"):
+        execute(one)
+    assert one.record.receipt("a") is None
+    assert scratches(one) == []
+    assert execute(one) is not None
 
 
 def test_a_unit_sees_the_manifests_of_what_its_stage_needs(task_of: Callable[..., Task]) -> None:

@@ -9,6 +9,7 @@ from pipelines.location import (
     Location,
     duplicate,
     is_remote,
+    local_copy,
     location,
     publish,
     remove_tree,
@@ -91,3 +92,12 @@ def test_removing_what_is_not_there_does_nothing(place: Location) -> None:
     """Clearing up twice is no error."""
     remove_tree(place / "nothing")
     assert not (place / "nothing").exists()
+
+
+def test_a_file_is_at_hand_for_as_long_as_it_is_needed(place: Location) -> None:
+    """By its own name; a copy is gone afterwards, a local file stays."""
+    source = place / "grids" / "images-1.png"
+    write_atomically(source, "png")
+    with local_copy(source) as path:
+        assert (path.name, path.read_text()) == ("images-1.png", "png")
+    assert path.exists() != is_remote(source)

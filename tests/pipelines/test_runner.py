@@ -14,9 +14,10 @@ from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.progress import Progress
 from pipelines.recipe import Recipe, Resources
-from pipelines.runner import Runner, root_message
+from pipelines.runner import Runner
 from pipelines.stage import Outcome, Receipt, Unit, Workspace
 from pipelines.stage_state import StageState
+from pipelines.stopping import Interruption
 from pipelines.tracking import Tracker
 from tests.pipelines.fake_stages import FakeStage, attempts, finish
 
@@ -42,7 +43,11 @@ class Told:
 
 
 def drive(
-    recipe: Recipe, ledger: Ledger, resources: Mapping[str, Resources], *stages: FakeStage
+    recipe: Recipe,
+    ledger: Ledger,
+    resources: Mapping[str, Resources],
+    *stages: FakeStage,
+    interruption: Interruption | None = None,
 ) -> Told:
     """Run these stages to their end."""
     recipe = recipe.model_copy(update={"resources": resources})
@@ -50,7 +55,15 @@ def drive(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.planning.build_stages", lambda recipe: list(stages))
         planned = plan(recipe, ledger)
-    one = Runner(recipe, ledger, planned, run_id="run-1", tracker=tracker, progress=progress)
+    one = Runner(
+        recipe,
+        ledger,
+        planned,
+        run_id="run-1",
+        tracker=tracker,
+        progress=progress,
+        interruption=interruption,
+    )
     error: Exception | None = None
     try:
         one.run()
@@ -282,18 +295,6 @@ def test_an_outage_asks_for_another_try(
     told = drive(demo_recipe, ledger, {"first": Resources(attempts=1)}, stage)
     assert type(told.error) is kind
     assert told.ends == {"first": "failed"}
-
-
-def test_the_message_of_a_gang_is_that_of_its_worker() -> None:
-    """Ray wraps what a training worker raised several times over; the user reads the core."""
-    from ray.exceptions import RayTaskError
-    from ray.train import WorkerGroupError
-
-    inner = ValueError("batch_images must be a multiple of the 3 ranks")
-    gang = WorkerGroupError("a long story", {0: inner, 1: RuntimeError("connection closed")})
-    wrapped = RayTaskError("run_gang", "a traceback", gang).as_instanceof_cause()
-    assert root_message(wrapped) == f"ValueError: {inner}"
-    assert root_message(RuntimeError()) == "RuntimeError"
 
 
 def test_stages_leave_no_scratch_behind(story: dict[str, Told]) -> None:

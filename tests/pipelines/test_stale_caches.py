@@ -44,8 +44,8 @@ class InProcess:
     def dispatch(self, task: Task, resources: Resources) -> ray.ObjectRef:
         return ray.put(execute(task))
 
-    def release(self, reference: ray.ObjectRef, *, dead: bool) -> None:
-        assert not dead
+    def release(self, reference: ray.ObjectRef, *, lost: bool) -> None:
+        assert not lost
 
     def retire_idle(self) -> None:
         """There are none."""

@@ -84,6 +84,8 @@ def finish_run(database: Database) -> None:
     tracker.progress("experts", "low", ROWS[:1])
     tracker.progress("experts", "high", ROWS)
     tracker.progress("experts", "low", ROWS[1:])
+    grid = experts.record.directory / "grid.png"
+    tracker.grids("experts", "low", {"grid.png": grid, "E1_1/grid.png": grid})
     tracker.stage_finished(finished(experts), {"low": ROWS, "high": ROWS})
     tracker.run_finished("FINISHED")
     assert tracker.errors == []
@@ -169,7 +171,7 @@ def test_pictures_and_curves_are_artifacts(database: Database) -> None:
     """They lie beside the database, in the store, and can be opened."""
     run = database.runs("run-1")["experts"]
     names = [one.path for one in database.client.list_artifacts(run.info.run_id)]
-    assert sorted(names) == ["curves", "grid.png"]
+    assert sorted(names) == ["curves", "grid.png", "grids"]
     curves = [one.path for one in database.client.list_artifacts(run.info.run_id, "curves")]
     assert sorted(curves) == ["curves/images_per_s.png", "curves/loss.png"]
     place = Path(run.info.artifact_uri.removeprefix("file://"))
@@ -272,3 +274,12 @@ def test_curves_are_drawn_of_what_was_measured() -> None:
     assert [name for name, _ in draw_curves({"low": ROWS})] == ["loss", "images_per_s"]
     assert [name for name, _ in draw_curves({"low": ROWS[1:]})] == ["loss"]
     assert list(draw_curves({})) == []
+
+
+def test_pictures_drawn_while_training_are_kept_by_unit(database: Database) -> None:
+    """They lie in the stage's run, in a folder of the unit that drew them, and of its levels."""
+    run = database.runs("run-1")["experts"].info.run_id
+    folders = ("grids/low", "grids/low/E1_1")
+    found = [database.client.list_artifacts(run, folder) for folder in folders]
+    assert [one.path for one in found[0]] == ["grids/low/E1_1", "grids/low/grid.png"]
+    assert [one.path for one in found[1]] == ["grids/low/E1_1/grid.png"]

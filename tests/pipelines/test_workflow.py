@@ -14,6 +14,7 @@ from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe import Recipe, Resources
 from pipelines.runner import Runner
+from pipelines.stopping import StopMark
 from pipelines.workflow import RunRecord, close_orphans, run_recipe, select
 from tests.pipelines.fake_stages import FakeStage, finish_all, write_run
 
@@ -95,22 +96,34 @@ def test_a_failed_run_says_why(
     tracker.run_finished.assert_called_once_with("FAILED")
 
 
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGTERM, RetryableError), (signal.SIGINT, KeyboardInterrupt)]
+)
 def test_a_run_that_is_told_to_end_closes_in_order(
+    number: signal.Signals,
+    kind: type[BaseException],
     recipe: Recipe,
     ledger: Ledger,
     tracker: Mock,
     monkeypatch: pytest.MonkeyPatch,
     use_stages: Callable[..., None],
 ) -> None:
-    """SIGTERM gives a retryable error: record and tracker are closed, the handler is put back."""
+    """The runner obeys the signal; record and tracker are closed, the handlers are put back."""
     use_stages(*stages())
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(Runner, "run", lambda self: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(RetryableError, match="run the same command to go on"):
+    before = signal.getsignal(number)
+    run = Runner.run
+
+    def told(runner: Runner) -> None:
+        os.kill(os.getpid(), number)
+        run(runner)
+
+    monkeypatch.setattr(Runner, "run", told)
+    with pytest.raises(kind):
         run_recipe(recipe, ledger)
     assert ledger.runs()[0]["state"] == "stopped"
     tracker.run_finished.assert_called_once_with("KILLED")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+    assert not any(ledger.store.glob("first/*/receipts/*"))
 
 
 def test_a_tracker_that_fails_does_not_fail_the_run(
@@ -176,10 +189,13 @@ def test_runs_whose_driver_is_gone_are_closed(ledger: Ledger) -> None:
     write_run(ledger, "gone", **orphan())
     write_run(ledger, "no-such-process", **orphan(pid=2**22 + 1))
     ledger.new_scratch()
+    mark = StopMark(ledger.store, "gone")
+    mark.put()
     assert set(close_orphans(ledger)) == {"gone", "no-such-process"}
     assert ledger.run("gone")["state"] == "killed"
     assert ledger.run("done")["state"] == "finished"
     assert not (ledger.store / ".scratch").exists()
+    assert not mark.is_there()
     assert close_orphans(ledger) == []
 
 

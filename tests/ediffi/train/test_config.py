@@ -75,3 +75,33 @@ def test_decay_reaches_zero_at_the_end() -> None:
         config = make(warmup_images=200, lr_schedule=schedule)
         assert [config.lr_at(images) for images in (200, 600, 1000)] == pytest.approx([2, 1, 0])
     assert config.lr_at(400) == pytest.approx(1 + math.cos(math.pi / 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ema_half_life_images": 0}, "ema_half_life_images must be at least 1, got 0"),
+        ({"spike_factor": 0.5}, r"spike_factor must be 0 \(off\) or greater than 1, got 0.5"),
+        ({"on_spike": "pray"}, "on_spike must be one of stop, skip, rollback, lower_rate"),
+        ({"held_out_samples": 1}, "held_out_samples must be at least 2, got 1"),
+        ({"compile": True, "zero_stage": 3}, "compile must be false at zero_stage 3, got True"),
+        ({"offload_optimizer": "cpu"}, "offload_optimizer must be none at zero_stage 0"),
+        ({"offload_optimizer": "disk", "zero_stage": 1}, "must be one of none, cpu, got 'disk'"),
+        (
+            {"offload_parameters": "cpu", "zero_stage": 2},
+            "offload_parameters must be none below zero_stage 3, got 'cpu'",
+        ),
+        ({"ema_profile": "power", "ema_std": 0.3}, "ema_std must be between 0 and 0.28"),
+        ({"ema_profile": "power", "ema_track_stds": (0.1,)}, "ema_track_stds must be two or more"),
+        ({"ema_profile": "power", "ema_track_stds": (0.1, 0.1)}, "ema_track_stds must be two"),
+    ],
+)
+def test_settings_that_contradict_are_named(changes: dict[str, Any], message: str) -> None:
+    """What one setting rules out of another is said with both."""
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_power_average_needs_no_half_life() -> None:
+    """Each profile asks only for what is its own."""
+    assert make(ema_profile="power", ema_half_life_images=0).ema_track_stds == (0.05, 0.10)

@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 
 from ediffi.conditioning import StreamConfig
+from ediffi.degradation import DegradationConfig, LowRes, degrade
 from ediffi.shards import Sample
 from ediffi.train.config import TrainConfig
-from ediffi.train.data import Batch, RankBatches, TrainingExamples, draw, load_batches
+from ediffi.train.data import (
+    Batch,
+    RankBatches,
+    TrainingExamples,
+    centre_patch,
+    draw,
+    load_batches,
+    low_res_of,
+    random_patch,
+    to_unit_range,
+)
 from ediffi.train.engine import Worker
 
 STREAMS = (
@@ -171,3 +182,106 @@ def test_rank_batches_know_their_number() -> None:
         len(RankBatches(CONFIG, start_images=0, rank=0, world_size=world)) for world in (1, 2)
     ]
     assert lengths == [8, 4]
+
+
+CLEAN = LowRes(factor=2, degradation=DegradationConfig(kind="none"))
+
+
+class LargeSamples(Samples):
+    """Seven pictures of 12 px in which every pixel is another colour."""
+
+    def __getitem__(self, sample_index: int) -> Sample:
+        small = super().__getitem__(sample_index)
+        pixels = torch.arange(144, dtype=torch.uint8).view(12, 12)
+        image = torch.stack([pixels, pixels + 100, pixels + sample_index])
+        return Sample(key=small.key, caption="", image=image, streams=small.streams)
+
+
+def large_examples(**changes: Any) -> TrainingExamples:
+    """Seeded and mirrored examples of the seven large pictures."""
+    settings = {"streams": STREAMS, "seed": 3, "flip": True} | changes
+    return TrainingExamples(LargeSamples(), Order(), **settings)
+
+
+def test_patches_and_degradation_change_no_other_draw() -> None:
+    """Mirroring, noise level, noise and dropout are the same draws for every kind of training."""
+    small, large = make_examples()[9], large_examples(patch_px=4, low_res=LowRes(factor=2))[9]
+    assert (small.u, small.keep) == (large.u, large.keep)
+    assert torch.equal(small.noise_CHW, large.noise_CHW)
+
+
+def test_a_patch_depends_on_seed_and_index_alone() -> None:
+    """Asked again it is the same; over many examples every place is cut, equally often."""
+    image = LargeSamples()[0].image
+    corners = [
+        int(random_patch(image, 8, seed=3, global_index=index)[0, 0, 0]) for index in range(2000)
+    ]
+    again = random_patch(image, 8, seed=3, global_index=7)
+    assert int(again[0, 0, 0]) == corners[7]
+    assert again.shape == (3, 8, 8)
+    places, counts = np.unique(corners, return_counts=True)
+    assert places.tolist() == [12 * top + left for top in range(5) for left in range(5)]
+    assert counts.min() > 40  # 80 expected at each of 25 places
+
+
+def test_low_resolution_input_belongs_to_patch_and_side() -> None:
+    """It is the reduction of just the patch that is trained on, mirrored if that is."""
+    flips = [draw(3, index, (3, 8, 8), 2).flip for index in range(4)]
+    assert len(set(flips)) == 2
+    for index in range(4):
+        example = large_examples(patch_px=8, low_res=CLEAN)[index]
+        assert example.image_CHW.shape == (3, 8, 8)
+        assert example.low_res_CHW is not None
+        picture = ((example.image_CHW + 1) / 2).numpy()
+        expected = degrade(picture, CLEAN, np.random.default_rng(0)) * 2 - 1
+        assert torch.equal(example.low_res_CHW, torch.from_numpy(expected))
+
+
+def test_random_degradation_is_a_function_of_seed_and_index() -> None:
+    """Bit by bit the same in another object and order; different for another index."""
+    low_res = LowRes(factor=2)
+    first, again = large_examples(low_res=low_res), large_examples(low_res=low_res)
+    _ = [again[index] for index in (40, 2)]
+    assert first[9].low_res_CHW is not None
+    assert torch.equal(first[9].low_res_CHW, again[9].low_res_CHW)
+    assert not torch.equal(first[9].low_res_CHW, first[16].low_res_CHW)  # the same sample
+
+
+def test_batches_carry_low_resolution_pictures_in_their_conditioning() -> None:
+    """One for every sample, also where all streams are dropped; base batches have none."""
+    worker = Worker(0, 1, torch.device("cpu"))
+    examples = large_examples(patch_px=4, low_res=CLEAN)
+    for number, batch in enumerate(load_batches(examples, CONFIG, worker, 0)):
+        low_res_BCHW = batch.to(worker.device).conditioning.low_res_BCHW
+        expected = [examples[6 * number + i].low_res_CHW for i in range(6)]
+        assert torch.equal(low_res_BCHW, torch.stack(expected))
+    assert batches()[0].conditioning.low_res_BCHW is None
+
+
+def test_held_out_pictures_are_always_degraded_alike() -> None:
+    """A held-out sample's low-resolution picture depends on its index, not on who asks."""
+    image, low_res = LargeSamples()[0].image, LowRes(factor=2)
+    first = low_res_of(image, low_res, 5)
+    assert torch.equal(first, low_res_of(image, low_res, 5))
+    assert not torch.equal(first, low_res_of(image, low_res, 6))
+    assert first.shape == (3, 6, 6)
+    assert first.min() >= -1
+    assert first.max() <= 1
+
+
+def test_centre_patch_lies_in_the_middle() -> None:
+    """Four pixels are left on every side."""
+    image = LargeSamples()[0].image
+    assert torch.equal(centre_patch(image, 4), image[:, 4:8, 4:8])
+    assert torch.equal(centre_patch(image, 12), image)
+
+
+def test_a_picture_smaller_than_its_patch_is_refused() -> None:
+    """The message names both sizes and what to do."""
+    with pytest.raises(ValueError, match=r"patch of 16 px must fit .* got 12 x 12 px: read"):
+        large_examples(patch_px=16)[0]
+
+
+def test_bytes_become_the_unit_range() -> None:
+    """0 is -1, 255 is 1."""
+    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]

@@ -1,0 +1,82 @@
+"""What units in flight write into their durable folders, passed on to the terminal and MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+
+from pipelines.durable import grids_in, read_reports
+from pipelines.execute import Task
+from pipelines.progress import Progress
+from pipelines.stage_state import StageState
+from pipelines.tracking import Tracker
+
+SHOW_S = 1.0
+
+
+class UnitReports:
+    """Passes on rows, words and pictures of units, each once.
+
+    A new driver tells MLflow everything, for its runs there are new; people have read the notices
+    of earlier attempts already.
+    """
+
+    def __init__(self, tracker: Tracker, progress: Progress) -> None:
+        self._tracker, self._progress = tracker, progress
+        self._next_show = 0.0
+
+    def show(
+        self,
+        states: Iterable[StageState],
+        in_flight: Iterable[tuple[StageState, Task]],
+        *,
+        force: bool = False,
+    ) -> None:
+        """Pass on what units have reported since last time, and how far each stage is."""
+        if not force and time.monotonic() < self._next_show:
+            return
+        self._next_show = time.monotonic() + SHOW_S
+        latest: dict[str, dict[str, Mapping[str, float]]] = {}
+        for owner, task in in_flight:
+            if rows := self.send(owner, task):
+                latest.setdefault(owner.name, {})[task.unit.id] = rows[-1]
+        for state in states:
+            if state.state == "running":
+                self._progress.update(state.name, state.num_done, latest.get(state.name, {}))
+
+    def begin(self, state: StageState, task: Task) -> None:
+        """Look what is old before an attempt begins; only training writes notices and pictures."""
+        if state.can_stop:
+            old = read_reports(task.durable_path).notices
+            state.notices_told.setdefault(task.unit.id, set()).update(old)
+
+    def send(self, state: StageState, task: Task) -> list[dict[str, float]]:
+        """Pass on what is new; returns all rows."""
+        unit = task.unit.id
+        reports = read_reports(task.durable_path)
+        told = state.notices_told.setdefault(unit, set())
+        for notice in reports.notices:
+            if notice not in told:
+                told.add(notice)
+                self._progress.say(f"{state.name}/{unit}: {notice}")
+        if reports.rows:
+            self._send_rows(state, task, reports.rows)
+        return reports.rows
+
+    def _send_rows(self, state: StageState, task: Task, rows: list[dict[str, float]]) -> None:
+        unit = task.unit.id
+        num_sent = min(state.num_rows_sent.get(unit, 0), len(rows))
+        if rows[num_sent:]:
+            name = unit if state.num_units > 1 else ""
+            self._tracker.progress(state.name, name, rows[num_sent:])
+            if state.can_stop:  # a grid lies there before the row of its moment is reported
+                self._send_grids(state, task)
+        state.num_rows_sent[unit] = len(rows)
+        state.curves[unit] = rows
+
+    def _send_grids(self, state: StageState, task: Task) -> None:
+        sent = state.grids_sent.setdefault(task.unit.id, set())
+        found = grids_in(task.durable_path)
+        if new := {name: found[name] for name in found if name not in sent}:
+            self._tracker.grids(state.name, task.unit.id, new)
+            sent.update(new)
