@@ -26,7 +26,7 @@ from pipelines.location import Location, is_remote, location, names_in, write_at
 from pipelines.stage import Json, Manifest
 from pipelines.stage_record import StageRecord, dump
 
-EMBED_FOLDER = "embed"  # holds a folder an encoder
+GROUP_FOLDERS = ("embed", "super_resolution")  # hold a folder an encoder, a folder a model
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Ledger:
             for inner in _folders(stage):
                 if (inner / "identity.json").exists():
                     yield StageRecord(inner)
-                elif stage.name == EMBED_FOLDER:
+                elif stage.name in GROUP_FOLDERS:
                     yield from (StageRecord(path) for path in _folders(inner))
 
     def manifests(self, name: str = "*") -> list[Manifest]:

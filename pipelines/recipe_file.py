@@ -9,6 +9,7 @@ import difflib
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import resources as package_resources
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -16,7 +17,6 @@ from typing import Any, TypeGuard, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ediffi.train.config import TrainConfig
 from pipelines.errors import UserError
 from pipelines.recipe import CacheRecipe, Recipe
 
@@ -96,8 +96,10 @@ def _validate(model: type[_Model], document: dict[str, Any], source: str) -> _Mo
 
 def _pass_seed_on(document: dict[str, Any]) -> None:
     """Training runs that name no seed of their own take the recipe's."""
-    experts = document.get("experts")
-    for section in (document.get("base"), experts.get("train") if _is_dict(experts) else None):
+    models = document.get("super_resolution")
+    parents = [document.get("experts"), *(models.values() if _is_dict(models) else ())]
+    trained = [one.get("train") for one in parents if _is_dict(one)]
+    for section in (document.get("base"), *trained):
         if _is_dict(section):
             section.setdefault("seed", document.get("seed", 0))
 
@@ -222,8 +224,8 @@ def _field_types(annotation: Any) -> Iterator[dict[str, Any]]:
     """Fields by name of every model inside an annotation; `*` stands for any key of a dict."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield {name: field.annotation for name, field in annotation.model_fields.items()}
-    elif annotation is TrainConfig:
-        yield dict(typing.get_type_hints(TrainConfig))
+    elif isinstance(annotation, type) and is_dataclass(annotation):
+        yield dict(typing.get_type_hints(annotation))
     elif typing.get_origin(annotation) is dict:
         yield {"*": typing.get_args(annotation)[1]}
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipelines.caches.lookup import Found, planned_by, stages_of
 from pipelines.caches.verification import QUARANTINE_FOLDER, files_below
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
+from pipelines.ledger import GROUP_FOLDERS, Ledger
 from pipelines.location import Location, remove_tree
 from pipelines.planning import plan
 from pipelines.recipe import CacheRecipe
@@ -155,7 +155,11 @@ def _half_removed(ledger: Ledger) -> list[Location]:
     """Stage folders that a removal had renamed and not yet emptied."""
     if not isinstance(ledger.store, Path):
         return []
-    return sorted([*ledger.store.glob("*/.gone-*"), *ledger.store.glob("embed/*/.gone-*")])
+    return sorted(
+        place
+        for pattern in ("*", *(f"{group}/*" for group in GROUP_FOLDERS))
+        for place in ledger.store.glob(f"{pattern}/.gone-*")
+    )
 
 
 def remove(garbage: Garbage) -> None:

@@ -30,7 +30,7 @@ class TrainBase:
         return {
             "network": recipe.network.model_dump(mode="json"),
             "noise": recipe.noise.model_dump(mode="json"),
-            "image_px": recipe.data.image_px,
+            "image_px": recipe.base_px,
             "resize": recipe.data.resize,
             "missing_embeddings": recipe.missing_embeddings,
             "streams": list(recipe.encoders),  # their order is the order of the context

@@ -47,7 +47,7 @@ class TrainExperts:
             "intervals": {name: interval.to_json() for name, interval in self._intervals.items()},
             "train": train_identity(self.recipe.experts.train),
             # the base's settings reach this stage through its fingerprint; these two are read again
-            "image_px": self.recipe.data.image_px,
+            "image_px": self.recipe.base_px,
             "resize": self.recipe.data.resize,
             **self._particulars(),
         }
