@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.cpu_settings import pinned
 from pipelines.durable import Durable
 from pipelines.errors import UserError
 from pipelines.fingerprint import changed_parts
@@ -39,7 +38,6 @@ class Task:
     attempt: int = 1
     run_id: str = ""  # whose word to end counts
     device: str = "cpu"
-    num_pinned_cores: int = 0  # cores that each worker keeps to itself
     earlier: tuple[str, ...] = ()
     is_retry: bool = False  # do the unit again although its receipt holds
 
@@ -88,7 +86,6 @@ def execute(
     with ExitStack() as stack:
         durable = stack.enter_context(Durable(record.durable_path(task.unit.id)))
         scratch = stack.enter_context(_scratch(ledger))
-        stack.enter_context(pinned(task.num_pinned_cores))
         if rank == 0:
             stack.enter_context(_warnings_to(durable.notice))
 

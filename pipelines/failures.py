@@ -38,8 +38,8 @@ def stopped(error: BaseException) -> Stopped | None:
 
 
 def is_hopeless(error: BaseException) -> bool:
-    """Whether trying again cannot help: the input itself is wrong."""
-    return isinstance(root_cause(error), ValueError | UserError)
+    """Whether trying again cannot help: the input itself is wrong, or training has diverged."""
+    return isinstance(root_cause(error), ValueError | ArithmeticError | UserError)
 
 
 def is_passing(error: BaseException) -> bool:

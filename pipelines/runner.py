@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import ray
 
-from pipelines.cpu_settings import num_pinned
 from pipelines.errors import RetryableError, StageFailed
 from pipelines.execute import Task
 from pipelines.failures import is_hopeless, is_passing, root_message, stopped
@@ -151,7 +150,6 @@ class Runner:
             yield self._task(state.planned, unit)
 
     def _task(self, planned: PlannedStage, unit: Unit) -> Task:
-        resources = self.states[planned.name].resources
         return Task(
             store=str(self._ledger.store),
             stage=planned.stage,
@@ -159,8 +157,7 @@ class Runner:
             inputs=planned.inputs,
             unit=unit,
             run_id=self._run_id,
-            device="cuda" if resources.gpus else "cpu",
-            num_pinned_cores=num_pinned(resources) if planned.stage.gang else 0,
+            device="cuda" if self.states[planned.name].resources.gpus else "cpu",
             earlier=planned.earlier,
         )
 

@@ -6,12 +6,10 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
-import torch.distributed as dist
-
-from ediffi.train.engine import Worker
+if TYPE_CHECKING:
+    from ediffi.train.engine import Worker
 
 
 class Stopped(Exception):
@@ -69,6 +67,9 @@ class StopRequest:
         asked = self._is_signalled or self._should_stop()
         if self._worker.world_size == 1:
             return asked
+        import torch  # here: whoever launches the training knows `Stopped` without it
+        import torch.distributed as dist
+
         message = torch.tensor([asked], dtype=torch.int32, device=self._worker.device)
         dist.all_reduce(message, dist.ReduceOp.MAX)
         return bool(message.item())

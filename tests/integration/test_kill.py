@@ -19,6 +19,7 @@ from pipelines.durable import read_progress
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DEADLINE_S = 300
+STOPPED = "stopped as asked after "  # so many images
 MOST_ROWS = 10  # a kill comes within so many rows of training's log
 
 
@@ -39,7 +40,7 @@ def test_kills_cost_nothing_finished(project: Any, undisturbed: Any) -> None:
         os.kill(_worker_of(process), signal.SIGKILL)
     _wait_for_rows(store, "base", chance.randint(2, MOST_ROWS), process)
     saved_images = _end(process)
-    assert (store / _newest_checkpoint(store)).name == f"images-{saved_images:010d}"
+    assert _newest_checkpoint(store).name == f"images-{saved_images:010d}"
 
     process = project.start(project.arguments("killed"))
     _wait_for_rows(store, "base", chance.randint(1, MOST_ROWS), process)
@@ -65,17 +66,20 @@ def test_kills_cost_nothing_finished(project: Any, undisturbed: Any) -> None:
     assert _run_states(store) == ["finished", "killed", "killed", "stopped", "killed"]
 
 
-def test_a_gang_that_is_told_to_end_goes_on_as_one_worker(project: Any, undisturbed: Any) -> None:
-    """Two ranks save when the driver gets SIGTERM; one goes on, with an undisturbed run's losses.
+def test_a_gang_that_loses_a_worker_goes_on_as_one(project: Any, undisturbed: Any) -> None:
+    """A rank gets SIGTERM, as when its node is taken away: both save; one process goes on.
 
-    The row in whose midst the run ended is told for the rest of its images alone.
+    Its losses are an undisturbed run's; the row in whose midst the gang ended is told for the rest
+    of its images alone.
     """
     store = project.path / "store"
     settings = ("base", "--set=base.total_images=1280")
     gang = (*settings, "--set=resources.base.num_workers=2")
     process = project.start(project.arguments("store", *gang))
     _wait_for_rows(store, "base", random.Random(5).randint(1, MOST_ROWS), process)
-    saved_images = _end(process)
+    os.kill(_worker_of(process, "ray::RayTrainWorker"), signal.SIGTERM)
+    saved_images = _images_saved(next(line for line in process.stderr if STOPPED in line))
+    _kill(process)  # it was about to gather another gang
     assert 0 < saved_images < 1280
 
     result = project.run("store", *settings)
@@ -113,10 +117,10 @@ def _num_rows(store: Path, stage: str) -> int:
     )
 
 
-def _worker_of(process: subprocess.Popen[str]) -> int:
-    """The process that does a unit."""
+def _worker_of(process: subprocess.Popen[str], title: str = "ray::UnitWorker.run") -> int:
+    """A process that does a unit."""
     for one in psutil.Process(process.pid).children(recursive=True):
-        if one.cmdline()[:1] == ["ray::UnitWorker.run"]:
+        if "".join(one.cmdline()[:1]).startswith(title):
             return one.pid
     raise AssertionError("no worker is doing a unit")
 
@@ -131,8 +135,13 @@ def _end(process: subprocess.Popen[str]) -> int:
     os.kill(process.pid, signal.SIGTERM)
     narration = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 3, narration
-    (line,) = (line for line in narration.splitlines() if "stopped as asked after" in line)
-    return int(line.split("stopped as asked after ")[1].split()[0])
+    (line,) = (line for line in narration.splitlines() if STOPPED in line)
+    return _images_saved(line)
+
+
+def _images_saved(line: str) -> int:
+    """What the driver says of a unit that was told to end."""
+    return int(line.split(STOPPED)[1].split()[0])
 
 
 def _newest_checkpoint(store: Path) -> Path:

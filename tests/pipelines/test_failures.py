@@ -3,6 +3,7 @@
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
+from ediffi.train.guard import TrainingDiverged
 from ediffi.train.stop import Stopped
 from pipelines.errors import RetryableError, UserError
 from pipelines.failures import is_hopeless, is_passing, root_message, stopped
@@ -25,6 +26,7 @@ def test_the_message_of_a_gang_is_that_of_its_worker() -> None:
 def test_the_kind_of_a_failure_is_that_of_its_core() -> None:
     """It decides whether to try again, and what the run's exit code says."""
     assert is_hopeless(wrapped(ValueError("no")))
+    assert is_hopeless(wrapped(TrainingDiverged("the gradient norm is nan")))
     assert is_hopeless(wrapped(UserError("no")))
     assert is_passing(wrapped(RetryableError("later")))
     assert not is_passing(wrapped(KeyError("x")))
