@@ -104,16 +104,26 @@ def load_rows(path: Path) -> list[Row]:
     return rows
 
 
-def render(rows: Mapping[str, Sequence[Row]]) -> str:
-    """Render the rows of each benchmark, by name, as one Markdown page."""
-    sections = [_section(name, rows[name]) for name in sorted(rows)]
+def render(rows: Mapping[str, Sequence[Row]], notes: Mapping[str, str] | None = None) -> str:
+    """Render the rows of each benchmark, by name, as one Markdown page.
+
+    Args:
+        rows: of each benchmark.
+        notes: words on a benchmark, such as what was not run, or why a side loses.
+    """
+    notes = notes or {}
+    sections = []
+    for name in sorted(rows.keys() | notes.keys()):
+        sections.append(f"## {name}\n")
+        if name in notes:
+            sections.append(notes[name].strip() + "\n")
+        if name in rows:
+            sections.append(_table(rows[name]))
     return "\n".join([_PREAMBLE, *sections])
 
 
-def _section(name: str, rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     lines = [
-        f"## {name}",
-        "",
         "| measure | ours | other | other side | ratio | spread | better | runs |",
         "|---|--:|--:|---|--:|--:|---|--:|",
     ]
@@ -143,18 +153,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the results page; exit code 2 for rows that cannot be true."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
-        "files", nargs="*", type=Path, help="JSON rows; every file of benchmarks/results if none"
+        "files", nargs="*", type=Path, help="JSON rows; all results and notes if none"
     )
     parser.add_argument("--output", type=Path, default=DIRECTORY / "RESULTS.md")
     options = parser.parse_args(arguments)
     paths = options.files or sorted((DIRECTORY / "results").glob("*.json"))
+    words = [] if options.files else sorted((DIRECTORY / "results").glob("*.md"))
     if not paths:
         print(
             "no results: run a benchmark with --json benchmarks/results/NAME.json", file=sys.stderr
         )
         return 2
     try:
-        page = render({path.stem: load_rows(path) for path in paths})
+        notes = {path.stem: path.read_text(encoding="utf-8") for path in words}
+        page = render({path.stem: load_rows(path) for path in paths}, notes)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from ediffi.shards import Missing, Resize, ShardRef
 from ediffi.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from ediffi.train.data import LowRes
+    from ediffi.degradation import LowRes
     from ediffi.train.held_out import GridConfig
     from ediffi.train.start import Start
 

@@ -106,7 +106,9 @@ class _Run:
             worker=worker,
         )
         self.flops = count_flops(job.network)
-        self.meter = Meter(worker, peak_flops(worker.device, config.precision))
+        peak = peak_flops(worker.device, config.precision)
+        _log.info("mfu counts from %s", peak)
+        self.meter = Meter(worker, peak)
         self.watch = Watch(job, lambda: self.whole(self.averages.kinds[0]), worker)
 
     # -- the loop ---------------------------------------------------------------------------------

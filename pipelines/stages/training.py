@@ -14,8 +14,9 @@ from pipelines.stage import Json, Manifest, Outcome, Workspace
 from pipelines.stages.inputs import joined_shards, stream_configs, without
 
 if TYPE_CHECKING:
+    from ediffi.degradation import LowRes
     from ediffi.network import NetworkConfig
-    from ediffi.train.data import LowRes
+    from ediffi.train.held_out import GridConfig
     from ediffi.train.job import TrainJob
     from ediffi.train.start import Start
     from ediffi.unet import UNetConfig
@@ -67,11 +68,6 @@ def network_config(recipe: Recipe, inputs: Mapping[str, Manifest]) -> UNetConfig
     return recipe.network.config(recipe.base_px, stream_configs(recipe.encoders, inputs))
 
 
-def picture_streams(recipe: Recipe) -> tuple[str, ...]:
-    """Streams that encode the picture itself: sampling from a caption does without them."""
-    return tuple(name for name, one in recipe.encoders.items() if one.family == "open_clip_image")
-
-
 def train_job(
     recipe: Recipe,
     workspace: Workspace,
@@ -93,10 +89,8 @@ def train_job(
         durable: where checkpoints and grids go, in storage that all ranks share.
     """
     from ediffi.preconditioning import Preconditioning
-    from ediffi.train.held_out import GridConfig
     from ediffi.train.job import TrainJob
 
-    sampling = recipe.sample
     watches = config.held_out_images or config.grid_images
     return TrainJob(
         network=network,
@@ -112,20 +106,30 @@ def train_job(
         low_res=low_res,
         start=start,
         base=base,
-        grid=GridConfig(
-            num_pictures=GRID_PICTURES,
-            sampler=sampling.sampler,
-            num_steps=sampling.num_steps,
-            guidance=sampling.guidance,
-            sigma_min=sampling.sigma_min,
-            sigma_max=sampling.sigma_max,
-            rho=sampling.rho,
-            seed=recipe.seed,
-            dropped_streams=picture_streams(recipe),
-        ),
+        grid=_grid(recipe),
         checkpoint_path=durable / "checkpoints",
         snapshot_path=snapshot_path,
         grid_path=durable / "grids",
+    )
+
+
+def _grid(recipe: Recipe) -> GridConfig:
+    """How pictures are drawn while training: as the recipe samples, without streams of pictures."""
+    from ediffi.train.held_out import GridConfig
+
+    sampling = recipe.sample
+    return GridConfig(
+        num_pictures=GRID_PICTURES,
+        sampler=sampling.sampler,
+        num_steps=sampling.num_steps,
+        guidance=sampling.guidance,
+        sigma_min=sampling.sigma_min,
+        sigma_max=sampling.sigma_max,
+        rho=sampling.rho,
+        seed=recipe.seed,
+        dropped_streams=tuple(
+            name for name, one in recipe.encoders.items() if one.family == "open_clip_image"
+        ),
     )
 
 
@@ -152,6 +156,7 @@ def train_unit(job: TrainJob, workspace: Workspace, *, keeps_state: bool = False
         facts={
             "metrics": {"final_loss": summary["final_loss"]},
             "num_parameters": summary["num_parameters"],
+            "num_spikes": summary["num_spikes"],
         },
         timings={"resumed_from_images": summary["resumed_from_images"]},
     )

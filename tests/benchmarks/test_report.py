@@ -37,6 +37,12 @@ def test_page_golden() -> None:
     )
 
 
+def test_words_on_a_benchmark_stand_above_its_table() -> None:
+    """Also where there are only words: a benchmark that could not be run is not passed over."""
+    page = render({"shards": [Row.from_json(ROW)]}, {"shards": "On one core.\n", "gpu": "Not run."})
+    assert "## gpu\n\nNot run.\n\n## shards\n\nOn one core.\n\n| measure" in page
+
+
 def test_page_does_not_depend_on_the_order_of_files() -> None:
     """Sections are sorted by name, whichever file was read first."""
     row = Row.from_json(ROW)
