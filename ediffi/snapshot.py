@@ -175,9 +175,9 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file aside, flush it to disk and rename it: `path` is never half written."""
     aside = path.with_name(path.name + ".part")
     write(aside)
-    _flush(aside)
+    flush(aside)
     os.replace(aside, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def publish_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -186,7 +186,7 @@ def publish_json(path: Path, record: Mapping[str, Any]) -> None:
     publish(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

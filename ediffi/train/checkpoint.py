@@ -8,7 +8,6 @@ on the disk: a kill at any moment leaves nothing visible or a whole checkpoint.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ediffi.snapshot import flush
 from ediffi.train.checkpoint_file import (
     MARKER,
     Checkpoint,
@@ -139,9 +139,9 @@ class CheckpointStore:
         aside = path.with_name(f"{path.name}-replaced-{self._attempt}")
         if path.exists():
             path.rename(aside)
-        _flush(partial)
+        flush(partial)
         partial.rename(path)
-        _flush(self.directory)
+        flush(self.directory)
         marker.publish(path)
         self._damaged.discard(path)
         if aside.exists():
@@ -197,15 +197,6 @@ def kept_images(images: Iterable[int], keep: int, keep_every_images: int) -> set
             stretches.setdefault(count // keep_every_images, count)
         kept |= {count for stretch, count in stretches.items() if stretch > 0}
     return kept
-
-
-def _flush(path: Path) -> None:
-    """Force a directory's entries onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(path: Path) -> None:

@@ -361,8 +361,11 @@ def test_missing_parts_are_named(tmp_path, lacking, named):
 
 
 def test_an_unwatched_job_needs_nothing(tmp_path):
-    """Neither samples nor a grid."""
-    watch(make_job(tmp_path))
+    """Neither samples nor a grid, and nothing is drawn."""
+    job = make_job(tmp_path)
+    watch(job)
+    assert not job.held_out
+    assert job.grid_path is None
 
 
 @pytest.mark.parametrize(
