@@ -135,6 +135,12 @@ class TrainConfig:
         """Images seen when training ends: `total_images` rounded up to whole batches."""
         return math.ceil(self.total_images / self.batch_images) * self.batch_images
 
+    def crosses(self, images_seen: int, every_images: int) -> bool:
+        """Whether the batch that ends at `images_seen` reached a multiple; 0: never."""
+        if not every_images:
+            return False
+        return images_seen // every_images > (images_seen - self.batch_images) // every_images
+
     def micro_batch(self, world_size: int) -> int:
         """Images in one forward pass of one rank.
 

@@ -267,8 +267,5 @@ class _Run:
 
 def _is_due(config: TrainConfig, images_seen: int, every_images: int) -> bool:
     """Whether the batch that ends at `images_seen` crossed a multiple, or is the last; 0: never."""
-    if not every_images:
-        return False
-    before = images_seen - config.batch_images
-    crossed = images_seen // every_images > before // every_images
-    return crossed or images_seen >= config.final_images
+    is_last = bool(every_images) and images_seen >= config.final_images
+    return is_last or config.crosses(images_seen, every_images)

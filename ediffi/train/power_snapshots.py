@@ -59,10 +59,9 @@ class PowerSnapshots:
 
         Not at the very end: `result` stores those.
         """
-        every = self._config.ema_snapshot_images
-        if not self._stds or not every or images_seen >= self._config.final_images:
+        if not self._stds or images_seen >= self._config.final_images:
             return False
-        return images_seen // every > (images_seen - self._config.batch_images) // every
+        return self._config.crosses(images_seen, self._config.ema_snapshot_images)
 
     def store(self, images_seen: int, whole: Whole) -> None:
         """Keep all tracked averages. A checkpoint of the same image must be saved afterwards."""

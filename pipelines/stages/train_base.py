@@ -8,7 +8,13 @@ from typing import ClassVar
 
 from pipelines.recipe import Recipe
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
-from pipelines.stages.training import network_config, train_identity, train_job, train_unit
+from pipelines.stages.training import (
+    data_identity,
+    network_config,
+    train_identity,
+    train_job,
+    train_unit,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +35,8 @@ class TrainBase:
         recipe = self.recipe
         return {
             "network": recipe.network.model_dump(mode="json"),
-            "noise": recipe.noise.model_dump(mode="json"),
+            **data_identity(recipe),
             "image_px": recipe.base_px,
-            "resize": recipe.data.resize,
-            "missing_embeddings": recipe.missing_embeddings,
-            "streams": list(recipe.encoders),  # their order is the order of the context
-            "dropout": {name: encoder.dropout for name, encoder in recipe.encoders.items()},
             "train": train_identity(recipe.base),
             **({"keeps_state": True} if self._keeps_state else {}),
         }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ediffi.noise import NoiseInterval
+from pipelines.durable import LEVELS_FOLDER
 from pipelines.recipe import Recipe
 from pipelines.recipe_training import ExpertRun
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ediffi.train.job import TrainJob
     from ediffi.train.start import Start
 
-LEVELS_FOLDER = "levels"  # of the durable folder: the runs before the expert's own
 _SNAPSHOT = "snapshot"
 
 

@@ -10,7 +10,7 @@ from pipelines.recipe import Recipe
 from pipelines.recipe_super_resolution import SuperResolution
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
 from pipelines.stages.inputs import stream_configs
-from pipelines.stages.training import train_identity, train_job, train_unit
+from pipelines.stages.training import data_identity, train_identity, train_job, train_unit
 
 if TYPE_CHECKING:
     from ediffi.network import NetworkConfig
@@ -44,15 +44,11 @@ class TrainSuperResolution:
         recipe, config = self.recipe, self.config
         return {
             "network": config.network.model_dump(mode="json"),
-            "noise": recipe.noise.model_dump(mode="json"),
+            **data_identity(recipe),
             "image_px": config.image_px,
             "low_res_px": config.low_res_px,
             "patch_px": config.patch_px,
             "degradation": asdict(config.degradation),
-            "resize": recipe.data.resize,
-            "missing_embeddings": recipe.missing_embeddings,
-            "streams": list(recipe.encoders),  # their order is the order of the context
-            "dropout": {name: encoder.dropout for name, encoder in recipe.encoders.items()},
             "train": train_identity(config.train),
         }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ediffi.noise import WHOLE, NoiseInterval
 from ediffi.train.config import TrainConfig
+from pipelines.durable import CHECKPOINTS_FOLDER, GRIDS_FOLDER
 from pipelines.recipe import Recipe
 from pipelines.stage import Json, Manifest, Outcome, Workspace
 from pipelines.stages.inputs import joined_shards, stream_configs, without
@@ -63,6 +64,17 @@ def train_identity(config: TrainConfig) -> Json:
     return {name: one for name, one in values.items() if (name, one) not in NEUTRAL.items()}
 
 
+def data_identity(recipe: Recipe) -> dict[str, Json]:
+    """What every trained model takes from the recipe: noise levels, pictures, streams."""
+    return {
+        "noise": recipe.noise.model_dump(mode="json"),
+        "resize": recipe.data.resize,
+        "missing_embeddings": recipe.missing_embeddings,
+        "streams": list(recipe.encoders),  # their order is the order of the context
+        "dropout": {name: encoder.dropout for name, encoder in recipe.encoders.items()},
+    }
+
+
 def network_config(recipe: Recipe, inputs: Mapping[str, Manifest]) -> UNetConfig:
     """The recipe's U-Net, its streams as wide as the caches say."""
     return recipe.network.config(recipe.base_px, stream_configs(recipe.encoders, inputs))
@@ -107,9 +119,9 @@ def train_job(
         start=start,
         base=base,
         grid=_grid(recipe),
-        checkpoint_path=durable / "checkpoints",
+        checkpoint_path=durable / CHECKPOINTS_FOLDER,
         snapshot_path=snapshot_path,
-        grid_path=durable / "grids",
+        grid_path=durable / GRIDS_FOLDER,
     )
 
 
