@@ -5,7 +5,10 @@ pooled vector, or both. Training drops streams independently, per sample; a drop
 zeroed whole and fully masked, which makes `Conditioning.null()`, the unconditional branch of
 classifier-free guidance, exactly an input that training has seen.
 
-Shapes: B batch, T tokens, D width.
+A stream may also be *painted* (paper section 5): where in the picture each of its tokens is
+wanted. Only the conditional branch knows of that: null() forgets it.
+
+Shapes: B batch, T tokens, D width, H W painting.
 """
 
 from __future__ import annotations
@@ -85,8 +88,11 @@ class Stream:
     tokens_BTD: Tensor | None = None
     mask_BT: Tensor | None = None  # bool, True = real token
     pooled_BD: Tensor | None = None
+    paint_BTHW: Tensor | None = None  # w' A: each token's weight at each pixel, of any H and W
 
     def __post_init__(self) -> None:
+        if self.paint_BTHW is not None:
+            _check_paint(self.paint_BTHW, self.tokens_BTD)
         if (self.tokens_BTD is None) != (self.mask_BT is None):
             raise ValueError("a stream must have tokens_BTD and mask_BT together, got only one")
         if self.tokens_BTD is not None and self.mask_BT is not None:
@@ -100,11 +106,11 @@ class Stream:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Stream:
         """Apply `function` to each tensor that is present."""
-        parts = (self.tokens_BTD, self.mask_BT, self.pooled_BD)
+        parts = (self.tokens_BTD, self.mask_BT, self.pooled_BD, self.paint_BTHW)
         return Stream(*(None if part is None else function(part) for part in parts))
 
     def drop(self, keep_B: Tensor) -> Stream:
-        """Zero tokens, mask and pooled vector of every sample whose `keep_B` is False."""
+        """Zero every tensor of every sample whose `keep_B` is False."""
 
         def zero(part: Tensor) -> Tensor:
             dropped = ~keep_B.to(part.device).view(-1, *[1] * (part.ndim - 1))
@@ -121,7 +127,35 @@ class Stream:
             functional.pad(self.tokens_BTD, (0, 0, 0, missing)),
             functional.pad(self.mask_BT, (0, missing)),
             self.pooled_BD,
+            None
+            if self.paint_BTHW is None
+            else functional.pad(self.paint_BTHW, (0, 0, 0, 0, 0, missing)),
         )
+
+    def without_paint(self) -> Stream:
+        """Return the stream as it is without a painting."""
+        return Stream(self.tokens_BTD, self.mask_BT, self.pooled_BD)
+
+
+def _check_paint(paint_BTHW: Tensor, tokens_BTD: Tensor | None) -> None:
+    if tokens_BTD is None:
+        raise ValueError("a stream with paint_BTHW must have tokens_BTD to paint, got none")
+    if paint_BTHW.ndim != 4 or paint_BTHW.shape[:2] != tokens_BTD.shape[:2]:
+        raise ValueError(
+            f"paint_BTHW must have the shape {(*tokens_BTD.shape[:2], 'H', 'W')}, a plane for each "
+            f"token, got {tuple(paint_BTHW.shape)}"
+        )
+    if not paint_BTHW.is_floating_point():
+        raise ValueError(f"paint_BTHW must be floating point, got {paint_BTHW.dtype}")
+
+
+def resize_paint(paint_BTHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring the planes of a painting to (H, W) = `size`: bilinear, antialiased, float32."""
+    if paint_BTHW.shape[2:] == size:
+        return paint_BTHW.float()
+    return functional.interpolate(
+        paint_BTHW.float(), size=size, mode="bilinear", align_corners=False, antialias=True
+    )
 
 
 @dataclass(eq=False)
@@ -142,7 +176,7 @@ class Conditioning:
                 f"low_res_BCHW must have batch_size {self.batch_size}, got {len(self.low_res_BCHW)}"
             )
         for name, stream in self.streams.items():
-            for part in (stream.tokens_BTD, stream.mask_BT, stream.pooled_BD):
+            for part in (stream.tokens_BTD, stream.mask_BT, stream.pooled_BD, stream.paint_BTHW):
                 if part is not None and len(part) != self.batch_size:
                     raise ValueError(
                         f"stream {name} must have batch_size {self.batch_size}, got {len(part)}"
@@ -177,7 +211,11 @@ class Conditioning:
 
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-        """Join batches, padding shorter token sequences; ValueError if they hold other things."""
+        """Join batches, padding shorter token sequences; ValueError if they hold other things.
+
+        A stream that only some batches have painted gets blank paint in the others; paintings of
+        different sizes are brought to the largest.
+        """
         names = [list(part.streams) for part in parts]
         if not parts or any(sorted(other) != sorted(names[0]) for other in names):
             raise ValueError(f"conditionings to join must have the same streams, got {names}")
@@ -200,8 +238,14 @@ class Conditioning:
         return Conditioning(streams, self.batch_size, self.low_res_BCHW)
 
     def null(self) -> Conditioning:
-        """Drop every stream of every sample: what the unconditional branch is given."""
-        streams = {name: stream.map(torch.zeros_like) for name, stream in self.streams.items()}
+        """Drop every stream of every sample: what the unconditional branch is given.
+
+        It is never painted: guidance then points towards the painting.
+        """
+        streams = {
+            name: stream.without_paint().map(torch.zeros_like)
+            for name, stream in self.streams.items()
+        }
         return Conditioning(streams, self.batch_size, self.low_res_BCHW)
 
 
@@ -214,7 +258,24 @@ def _join(name: str, streams: Sequence[Stream]) -> Stream:
         _join_present([stream.tokens_BTD for stream in padded], problem),
         _join_present([stream.mask_BT for stream in padded], problem),
         _join_present([stream.pooled_BD for stream in padded], problem),
+        _join_paint(padded),
     )
+
+
+def _join_paint(streams: Sequence[Stream]) -> Tensor | None:
+    """Concatenate the paint of padded streams: blank where there is none, all of one size."""
+    painted = [stream.paint_BTHW for stream in streams if stream.paint_BTHW is not None]
+    if not painted:
+        return None
+    size = (max(paint.shape[2] for paint in painted), max(paint.shape[3] for paint in painted))
+    parts = []
+    for stream in streams:
+        if stream.paint_BTHW is None:
+            assert stream.tokens_BTD is not None, "the other parts have tokens"
+            parts.append(painted[0].new_zeros(*stream.tokens_BTD.shape[:2], *size))
+        else:
+            parts.append(resize_paint(stream.paint_BTHW, size))
+    return torch.cat(parts)
 
 
 def _join_present(parts: Sequence[Tensor | None], problem: str) -> Tensor | None:

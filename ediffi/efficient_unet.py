@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ediffi.attention import Context
 from ediffi.conditioning import Conditioning, StreamConfig
 from ediffi.layers import (
-    Context,
     CrossAttention,
     ResidualBlock,
     SelfAttention,
@@ -206,7 +206,9 @@ class EfficientUNet(nn.Module):
             ValueError: `conditioning` has no low-resolution picture, or sizes do not fit.
         """
         embedding_BD = embed(self.noise_embedding, self.streams, c_noise_B, conditioning)
-        context = self.streams.context(conditioning) if self.config.cross_attention_px else None
+        context = None
+        if self.config.cross_attention_px:
+            context = self.streams.context(conditioning, c_noise_B)
         recompute = self.gradient_checkpointing
         h = torch.cat([x_BCHW, self._enlarged(x_BCHW, conditioning).to(x_BCHW.dtype)], dim=1)
         h = self.conv_in(h.to(memory_format=torch.channels_last))

@@ -108,6 +108,45 @@ class TextEncoder(Encoder):
     def _forward(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
         """Token states (B, T, D) and, where the network has one, the pooled vector (B, D)."""
 
+    @abstractmethod
+    def _whole_ids(self, caption: str) -> list[int]:
+        """Token ids of a caption as `tokenize` gives them, but not cut."""
+
+    @abstractmethod
+    def _occurrences(self, caption: str, phrase: str) -> list[tuple[int, ...]]:
+        """Where a phrase is: indices into `_whole_ids(caption)`, a tuple for each occurrence."""
+
+    def find_phrase(self, caption: str, phrase: str) -> tuple[int, ...]:
+        """Which of a caption's token states speak of a phrase, wherever the phrase stands in it.
+
+        Case and white space count as much as they do to the tokenizer.
+
+        Returns:
+            Indices among the tokens that a cache stores, ascending; those of all occurrences.
+
+        Raises:
+            ValueError: the phrase is blank, not in the caption, or `max_tokens` cuts it off.
+        """
+        if not phrase.strip():
+            raise ValueError(f"a phrase to find must hold a word, got {phrase!r}")
+        occurrences = self._occurrences(caption, phrase)
+        if not occurrences:
+            raise ValueError(
+                f"the phrase must be a part of its caption, word for word: got {phrase!r}, which "
+                f"{self.config.weights!r} does not find in {caption!r}"
+            )
+        stored, whole = self.tokenize([caption]).ids[0], self._whole_ids(caption)
+        num_kept = len(stored)
+        if len(whole) > len(stored):  # from where they differ on, tokens were cut off
+            num_kept = next(i for i, (ours, all_) in enumerate(zip(stored, whole)) if ours != all_)
+        kept = {index for found in occurrences if max(found) < num_kept for index in found}
+        if not kept:
+            raise ValueError(
+                f"the phrase {phrase!r} must lie within the {self.config.max_tokens} tokens that "
+                f"{self.config.weights!r} reads, and is cut off in {caption!r}: move it forward"
+            )
+        return tuple(sorted(kept))
+
     def encode(self, batch: Sequence[str]) -> list[dict[str, Tensor]]:
         if isinstance(batch, str):
             raise ValueError(f"encode takes a sequence of captions, got the one string {batch!r}")
@@ -195,6 +234,17 @@ class ImageEncoder(Encoder):
             pooled_BD = self._forward(x_BCHW.to(self.device, dtype, non_blocking=True))
             lengths = [0] * len(pictures)
             return encoded_batch({"pooled": pooled_BD}, lengths, self.config.storage_dtype)
+
+
+def sub_lists(ids: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, ...]]:
+    """Indices of every place where `ids` goes on as `wanted` does."""
+    length = len(wanted)
+    starts = range(len(ids) - length + 1) if length else ()
+    return [
+        tuple(range(start, start + length))
+        for start in starts
+        if list(ids[start : start + length]) == list(wanted)
+    ]
 
 
 def load_encoder(config: EncoderConfig, *, device: str = "cpu") -> Encoder:

@@ -10,18 +10,28 @@ Shapes: B batch, C channels, H W feature map, I queries (pixels), T tokens, D wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ediffi.attention import (
+    NULL,
+    Context,
+    ContextPart,
+    attention,
+    attention_weights,
+    join_context,
+    merge_pixels,
+    split_pixels,
+    split_tokens,
+)
 from ediffi.conditioning import Conditioning, Stream, StreamConfig
 
 Resampling = Literal["keep", "down", "up"]
-ScoreHook = Callable[[Tensor], Tensor]
 
 # Wavelengths of c_noise = ln(sigma) / 4, whose useful range is about [-1.9, 1.2]: the longest
 # tells its two ends apart without wrapping around, the shortest resolves 1 % of sigma.
@@ -100,52 +110,6 @@ def group_norm(width: int, affine: bool = True) -> nn.GroupNorm:
     return GroupNorm(math.gcd(32, width // 4), width, affine=affine)
 
 
-def attention(
-    q_BNID: Tensor,
-    k_BNTD: Tensor,
-    v_BNTD: Tensor,
-    mask_BT: Tensor | None = None,
-    score_hook: ScoreHook | None = None,
-) -> Tensor:
-    """Softmax attention, (B, N, I, D). Tokens whose `mask_BT` is False get no weight.
-
-    `score_hook` maps the pre-softmax scores QK^T / sqrt(D), (B, N, I, T), to other scores;
-    masking follows it, so that no hook can revive padding.
-    """
-    mask = None if mask_BT is None else mask_BT[:, None, None, :]
-    # The fused kernel is fastest, except for bf16 on a CPU: six times slower there for small heads.
-    slow_kernel = q_BNID.device.type == "cpu" and q_BNID.dtype != torch.float32
-    if score_hook is None and not slow_kernel:
-        return functional.scaled_dot_product_attention(q_BNID, k_BNTD, v_BNTD, attn_mask=mask)
-    scores_BNIT = (q_BNID * q_BNID.shape[-1] ** -0.5) @ k_BNTD.transpose(-1, -2)
-    if score_hook is not None:
-        scores_BNIT = score_hook(scores_BNIT)
-    if mask is not None:
-        scores_BNIT = scores_BNIT.masked_fill(~mask, -math.inf)
-    return scores_BNIT.softmax(dim=-1) @ v_BNTD
-
-
-class Context(NamedTuple):
-    """What cross-attention attends to."""
-
-    tokens_BTD: Tensor
-    mask_BT: Tensor
-
-
-def _split_pixels(x_BCHW: Tensor, head_width: int) -> Tensor:
-    """View a channels-last feature map as (B, N, H*W, D)."""
-    return x_BCHW.flatten(2).unflatten(1, (-1, head_width)).transpose(2, 3)
-
-
-def _split_tokens(x_BTC: Tensor, head_width: int) -> Tensor:
-    return x_BTC.unflatten(-1, (-1, head_width)).transpose(1, 2)
-
-
-def _merge_pixels(x_BNID: Tensor, like_BCHW: Tensor) -> Tensor:
-    """Undo `_split_pixels`, again channels-last."""
-    return x_BNID.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, like_BCHW.shape[2:])
-
-
 # On pixels the projections are 1x1 convolutions, as in ADM: on a CPU these take two thirds of the
 # time of nn.Linear. Queries, keys and values need no bias: normalisation or projection precedes.
 
@@ -163,8 +127,8 @@ class SelfAttention(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         qkv = self.qkv(self.norm(x_BCHW)).chunk(3, dim=1)
-        q, k, v = (_split_pixels(part, self.head_width) for part in qkv)
-        return x_BCHW + self.out(_merge_pixels(attention(q, k, v), x_BCHW))
+        q, k, v = (split_pixels(part, self.head_width) for part in qkv)
+        return x_BCHW + self.out(merge_pixels(attention(q, k, v), x_BCHW))
 
 
 class CrossAttention(nn.Module):
@@ -180,10 +144,22 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BCHW: Tensor, context: Context) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        q = _split_pixels(self.q(self.norm(x_BCHW)), self.head_width)
+        q, k, v = self._queries_keys_values(x_BCHW, context)
+        attended = attention(q, k, v, context.mask_BT, context.score_hook(x_BCHW))
+        return x_BCHW + self.out(merge_pixels(attended, x_BCHW))
+
+    def weights(self, x_BCHW: Tensor, context: Context) -> Tensor:
+        """What `forward` lets each pixel give to each token: (B, N, H*W, T), sums of 1."""
+        q, k, _ = self._queries_keys_values(x_BCHW, context)
+        return attention_weights(q, k, context.mask_BT, context.score_hook(x_BCHW))
+
+    def _queries_keys_values(
+        self, x_BCHW: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = split_pixels(self.q(self.norm(x_BCHW)), self.head_width)
         kv = self.kv(context.tokens_BTD).chunk(2, dim=-1)
-        k, v = (_split_tokens(part, self.head_width) for part in kv)
-        return x_BCHW + self.out(_merge_pixels(attention(q, k, v, context.mask_BT), x_BCHW))
+        k, v = (split_tokens(part, self.head_width) for part in kv)
+        return q, k, v
 
 
 def resample(x_BCHW: Tensor, resampling: Resampling) -> Tensor:
@@ -241,18 +217,19 @@ class StreamProjection(nn.Module):
         if config.pooled_width:
             self.pooled = _projection(config.pooled_width, embedding_width)
 
-    def context(self, stream: Stream) -> list[Context]:
+    def context(self, stream: Stream) -> list[ContextPart]:
         """Project the tokens, and the pooled vector where it is a token, to context_width.
 
         A dropped pooled vector stays a token, as in the paper: zeros give a learned constant.
         """
-        parts = []
+        parts, name = [], self.config.name
         if self.config.token_width:
             tokens_BTD, mask_BT = self._present(stream.tokens_BTD), self._present(stream.mask_BT)
-            parts.append(Context(_apply(self.tokens, tokens_BTD), mask_BT))
+            tokens_BTD = _apply(self.tokens, tokens_BTD)
+            parts.append(ContextPart(name, tokens_BTD, mask_BT, stream.paint_BTHW))
         if self.config.pooled_as_token:
-            token_B1D = _apply(self.pooled_token, self._present(stream.pooled_BD))[:, None]
-            parts.append(Context(token_B1D, torch.ones_like(token_B1D[..., 0], dtype=torch.bool)))
+            pooled_BD = _apply(self.pooled_token, self._present(stream.pooled_BD))
+            parts.append(_one_token(name, pooled_BD[:, None]))
         return parts
 
     def embed(self, stream: Stream) -> Tensor:
@@ -267,6 +244,11 @@ class StreamProjection(nn.Module):
                 "with the network's own streams"
             )
         return part
+
+
+def _one_token(name: str, token_B1D: Tensor) -> ContextPart:
+    """A part of the context that is one token, never masked."""
+    return ContextPart(name, token_B1D, torch.ones_like(token_B1D[..., 0], dtype=torch.bool))
 
 
 def _apply(projection: nn.Sequential, embeddings: Tensor) -> Tensor:
@@ -300,23 +282,21 @@ class StreamProjections(nn.Module):
             pairs.append((projection, conditioning.streams[name]))
         return pairs
 
-    def context(self, conditioning: Conditioning) -> Context:
-        """Concatenate the streams in their configured order, then the null token, then padding."""
+    def context(self, conditioning: Conditioning, c_noise_B: Tensor) -> Context:
+        """Concatenate the streams in their configured order, then the null token, then padding.
+
+        Args:
+            conditioning: of the batch.
+            c_noise_B: ln(sigma) / 4; what is painted weighs more at high noise.
+        """
         parts = [
             part
             for projection, stream in self._streams(conditioning)
             for part in projection.context(stream)
         ]
         null_D = self.null_token_D.to(parts[0].tokens_BTD.dtype)
-        null_B1D = null_D.expand(conditioning.batch_size, 1, -1)
-        parts.append(Context(null_B1D, torch.ones_like(null_B1D[..., 0], dtype=torch.bool)))
-        tokens_BTD = torch.cat([part.tokens_BTD for part in parts], dim=1)
-        mask_BT = torch.cat([part.mask_BT for part in parts], dim=1)
-        num_padding = -mask_BT.shape[1] % TOKEN_MULTIPLE
-        return Context(
-            functional.pad(tokens_BTD, (0, 0, 0, num_padding)),
-            functional.pad(mask_BT, (0, num_padding)),
-        )
+        parts.append(_one_token(NULL, null_D.expand(conditioning.batch_size, 1, -1)))
+        return join_context(parts, c_noise_B, multiple=TOKEN_MULTIPLE)
 
     def embed(self, conditioning: Conditioning) -> list[Tensor]:
         """Project each pooled vector to (B, embedding_width), to be added to the noise's."""

@@ -17,7 +17,9 @@ def sigma_schedule(
         num_steps: steps a sampler takes; one step jumps from sigma_max to 0.
         sigma_min: last noise level at which a network is called.
         sigma_max: noise level at which sampling starts.
-        rho: larger puts more steps at low noise. eDiff-I's base model used 6 (its "order").
+        rho: larger puts more steps at low noise. eDiff-I's base model used 6 and its enlarging
+            models 3 (its "order"); its grid of N steps from sigma_max to sigma_min is the one of
+            N + 1 steps here, whose last goes on to zero.
 
     Returns:
         (num_steps + 1,) float64 on the CPU, strictly decreasing, last value 0.

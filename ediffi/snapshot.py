@@ -124,14 +124,18 @@ def load_denoiser(
         SnapshotError: the file is missing, has other bytes, or other tensors than the network.
     """
     verify_sha256(weights_path, sha256)
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):  # random weights would cost time, and be overwritten
         built = build_network(network)
     try:
         state = load_file(weights_path)
         check_state(built, state)
     except (SafetensorError, ValueError) as error:
         raise SnapshotError(f"{weights_path}: {error}") from error
-    built.load_state_dict(state)
+    # Copied, lest weights change with a file that is written over.
+    own = {
+        name: state[name].to(tensor.dtype, copy=True) for name, tensor in built.state_dict().items()
+    }
+    built.load_state_dict(own, assign=True)
     return Denoiser(built, preconditioning).eval()
 
 

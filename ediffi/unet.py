@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ediffi.attention import Context
 from ediffi.conditioning import Conditioning, StreamConfig
 from ediffi.layers import (
-    Context,
     CrossAttention,
     ResidualBlock,
     SelfAttention,
@@ -186,7 +186,9 @@ class UNet(nn.Module):
     def forward(self, x_BCHW: Tensor, c_noise_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return F, of the shape of `x_BCHW` (B, image_channels, image_px, image_px)."""
         embedding_BD = embed(self.noise_embedding, self.streams, c_noise_B, conditioning)
-        context = self.streams.context(conditioning) if self.config.cross_attention_px else None
+        context = None
+        if self.config.cross_attention_px:
+            context = self.streams.context(conditioning, c_noise_B)
         h = functional.pixel_unshuffle(x_BCHW, self.config.patch_px)
         h = self.conv_in(h.to(memory_format=torch.channels_last))
         skips = [h]

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.commands import ema
+from pipelines.commands import ema, sample
 from pipelines.commands import options as options_of
 from pipelines.commands import run as commands
 from pipelines.commands.options import late
@@ -142,6 +142,11 @@ COMMANDS: dict[str, tuple[options_of.Command, str, options_of.AddOptions]] = {
         "stages, hit or miss and why, and what they would take",
         options_of.plan_options,
     ),
+    "network": (
+        late("network", "network"),
+        "parameters of every network of a recipe, part by part, beside the paper's",
+        options_of.recipe_options,
+    ),
     "run": (commands.run, "run a recipe; run it again to go on", options_of.run_options),
     "embed": (
         late("embed", "embed"),
@@ -153,7 +158,7 @@ COMMANDS: dict[str, tuple[options_of.Command, str, options_of.AddOptions]] = {
         "what a run did and what is under way",
         options_of.status_options,
     ),
-    "sample": (commands.sample, "draw pictures with an ensemble", options_of.sample_options),
+    "sample": (sample.sample, "draw pictures with an ensemble", sample.sample_options),
     "compare": (
         commands.compare,
         "settings and figures of runs, side by side",

@@ -1,4 +1,4 @@
-"""Grids of pictures for people: a row a prompt, the models side by side."""
+"""Grids of pictures for people: a row a prompt, what is compared side by side in blocks."""
 
 from __future__ import annotations
 
@@ -12,33 +12,39 @@ if TYPE_CHECKING:
 
 PICTURE_PX = 96  # small pictures are enlarged to at least this, by a whole factor
 GAP_PX = 4
-MODEL_GAP_PX = 24
+BLOCK_GAP_PX = 24
 TEXT_PX = 18
 
 
-def draw_grid(prompts: Sequence[str], pictures: Mapping[str, Tensor]) -> Image.Image:
+def tile_px(image_px: int) -> int:
+    """Side at which a grid shows a picture."""
+    return image_px * max(1, -(-PICTURE_PX // image_px))
+
+
+def draw_grid(prompts: Sequence[str], blocks: Mapping[str, Tensor]) -> Image.Image:
     """Draw a labelled grid.
 
     Args:
         prompts: one a row.
-        pictures: by model, uint8 (prompts, seeds, 3, H, W); one block of columns each.
+        blocks: by title, such as a model or a size, uint8 (prompts, columns, 3, H, W); each block
+            may have its own number of columns and size of pictures. All are shown at the size of
+            the largest, by a whole factor where there is one.
     """
-    first = next(iter(pictures.values()))
-    side = first.shape[-1] * max(1, -(-PICTURE_PX // first.shape[-1]))
-    block = first.shape[1] * (side + GAP_PX) + MODEL_GAP_PX
+    side = tile_px(max(pictures.shape[-1] for pictures in blocks.values()))
+    widths = [pictures.shape[1] * (side + GAP_PX) + BLOCK_GAP_PX for pictures in blocks.values()]
     row = side + GAP_PX + TEXT_PX
-    size = (block * len(pictures), TEXT_PX + row * len(prompts))
-    canvas = Image.new("RGB", size, "white")
+    canvas = Image.new("RGB", (sum(widths), TEXT_PX + row * len(prompts)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT_PX - 5)
     for index, prompt in enumerate(prompts):  # once a row: it may be longer than a block is wide
         pen.text((0, TEXT_PX + index * row), prompt, fill="dimgray", font=font)
-    for column, (model, model_pictures) in enumerate(pictures.items()):
-        pen.text((column * block, 0), model, fill="black", font=font)
+    block_left = 0
+    for (title, pictures), width in zip(blocks.items(), widths, strict=True):
+        pen.text((block_left, 0), title, fill="black", font=font)
         for index in range(len(prompts)):
-            top = TEXT_PX + index * row
-            for seed_index, picture in enumerate(model_pictures[index]):
+            for column, picture in enumerate(pictures[index]):
                 tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
                 tile = tile.resize((side, side), Image.Resampling.NEAREST)
-                left = column * block + seed_index * (side + GAP_PX)
-                canvas.paste(tile, (left, top + TEXT_PX))
+                left = block_left + column * (side + GAP_PX)
+                canvas.paste(tile, (left, 2 * TEXT_PX + index * row))
+        block_left += width
     return canvas

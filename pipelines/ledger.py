@@ -26,7 +26,8 @@ from pipelines.location import Location, is_remote, location, names_in, write_at
 from pipelines.stage import Json, Manifest
 from pipelines.stage_record import StageRecord, dump
 
-GROUP_FOLDERS = ("embed", "super_resolution")  # hold a folder an encoder, a folder a model
+# They hold a folder an encoder, or a folder a model.
+GROUP_FOLDERS = ("embed", "super_resolution", "super_resolution_experts")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Unknown fields are errors. What things take is said in `resources`, which enters
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -22,8 +22,10 @@ from pipelines.recipe_data import (
     Section,
     UrlList,
 )
+from pipelines.recipe_evaluation import ClipFeatures, Evaluation
 from pipelines.recipe_model import Network, Noise
-from pipelines.recipe_super_resolution import SuperResolution
+from pipelines.recipe_sampling import Sampling
+from pipelines.recipe_super_resolution import SuperResolution, check_cascade
 from pipelines.recipe_training import Experts, Interval, TrainConfig
 
 __all__ = [
@@ -75,59 +77,6 @@ class ClipFit(Section):
     lr: Positive = 2e-3
 
 
-# -- sampling and evaluation --------------------------------------------------------------------
-
-
-class Sampling(Section):
-    """Pictures to make: a grid for the prompts, and a set for the held-out captions."""
-
-    prompts: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
-    sampler: Literal["heun", "dpm++2m"] = "heun"
-    num_steps: PositiveInt = 18
-    guidance: NonNegative = 2.0
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    rho: Positive = 7.0
-    num_held_out_captions: PositiveInt = 256
-    pictures_per_caption: PositiveInt = 1
-    batch_pictures: PositiveInt = 64
-
-    @model_validator(mode="after")
-    def _descending(self) -> Sampling:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(
-                f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}"
-            )
-        return self
-
-
-class ClipFeatures(Section):
-    """Pictures as the vectors of one of the recipe's own CLIP image encoders."""
-
-    kind: Literal["clip"]
-    encoder: Name = "clip_image"
-
-
-class TimmFeatures(Section):
-    """Pictures as the pooled features of a timm model."""
-
-    kind: Literal["timm"]
-    model: str
-    weights: str
-
-
-class Evaluation(Section):
-    """Loss per noise level on held-out samples, Fréchet distance and text alignment."""
-
-    num_bins: PositiveInt = 8
-    draws_per_bin: Annotated[int, Field(ge=2)] = 512
-    batch_images: PositiveInt = 128
-    features: Annotated[ClipFeatures | TimmFeatures, Field(discriminator="kind")]
-    alignment: Literal["clip", "shapes"] = "clip"
-    text_encoder: Name = "clip_text"  # for the CLIP score
-
-
 # -- resources ----------------------------------------------------------------------------------
 
 
@@ -142,8 +91,9 @@ class Resources(Section):
 
 
 STAGES = (
-    *("ingest", "clip_fit", "embed", "base", "experts", "assemble", "sample", "evaluate"),
-    "super_resolution",
+    *("ingest", "clip_fit", "embed", "base", "experts"),
+    *("super_resolution", "super_resolution_experts"),
+    *("assemble", "sample", "evaluate", "report"),
 )
 
 
@@ -205,10 +155,16 @@ class Recipe(CacheRecipe):
             )
         self._check_evaluation()
         self._check_sizes()
+        check_cascade(self.super_resolution, self.base_px)
         for stage, config in (
             ("base", self.base),
             *(("experts", one) for one in self.experts.configs(self.noise.distribution).values()),
             *(("super_resolution", one.train) for one in self.super_resolution.values()),
+            *(
+                ("super_resolution_experts", config)
+                for name, one in self.super_resolution.items()
+                for config in one.expert_configs(name, self.noise.distribution)
+            ),
         ):
             config.micro_batch(self.resources_of(stage).num_workers)
         return self
@@ -246,6 +202,20 @@ class Recipe(CacheRecipe):
                 )
         if self.evaluate.alignment == "clip":
             self._check_clip_pair(self.encoders[self.evaluate.text_encoder])
+        self._check_streams()
+
+    def _check_streams(self) -> None:
+        """Some measurements need several text streams, or one of pictures."""
+        images = [one for one in self.encoders.values() if one.family == "open_clip_image"]
+        if self.evaluate.text_ablation is not None and len(self.encoders) - len(images) < 2:
+            raise ValueError(
+                "evaluate.text_ablation: compares text encoders, of which the recipe must have two "
+                f"at least, got {len(self.encoders) - len(images)}"
+            )
+        if self.evaluate.style is not None and not images:
+            raise ValueError(
+                "evaluate.style: needs an encoder of family open_clip_image, the recipe has none"
+            )
 
     def _check_clip_pair(self, text: Encoder) -> None:
         """The CLIP score needs the image half of the same CLIP."""

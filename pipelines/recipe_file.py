@@ -97,7 +97,8 @@ def _validate(model: type[_Model], document: dict[str, Any], source: str) -> _Mo
 def _pass_seed_on(document: dict[str, Any]) -> None:
     """Training runs that name no seed of their own take the recipe's."""
     models = document.get("super_resolution")
-    parents = [document.get("experts"), *(models.values() if _is_dict(models) else ())]
+    enlarging = [one for one in models.values() if _is_dict(one)] if _is_dict(models) else []
+    parents = [document.get("experts"), *enlarging, *(one.get("experts") for one in enlarging)]
     trained = [one.get("train") for one in parents if _is_dict(one)]
     for section in (document.get("base"), *trained):
         if _is_dict(section):
@@ -184,8 +185,8 @@ def explain(error: ValidationError, model: type[CacheRecipe] = Recipe) -> Iterat
     for problem in error.errors():
         location = _without_tags([str(part) for part in problem["loc"]])
         field = ".".join(location) or "recipe"
-        if field == "experts.split" and isinstance(problem["input"], list):
-            continue  # only says that a list is not 'paper'; what is wrong with it follows
+        if location[-2:] == ["experts", "split"] and isinstance(problem["input"], list):
+            continue  # only says that a list is no word; what is wrong with it follows
         if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             known = _fields_at(model, location[:-1])
             close = difflib.get_close_matches(location[-1], known, n=1)
@@ -201,7 +202,8 @@ def explain(error: ValidationError, model: type[CacheRecipe] = Recipe) -> Iterat
 
 def _without_tags(location: list[str]) -> list[str]:
     """Drop the union tags that pydantic puts after `data`, `evaluate.features` and the like."""
-    for union in (["data"], ["evaluate", "features"], ["experts", "split"]):
+    model = ["super_resolution", *location[1:2], "experts", "split"]
+    for union in (["data"], ["evaluate", "features"], ["experts", "split"], model):
         if location[: len(union)] == union:
             return union + location[len(union) + 1 :]
     return location

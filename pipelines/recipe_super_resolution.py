@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from ediffi.degradation import DegradationConfig, DegradationPass
+from ediffi.noise import SigmaDistribution
 from ediffi.train.config import TrainConfig
 from pipelines.recipe_data import Section
+from pipelines.recipe_training import Experts, Interval, NamedSplit
+
+if TYPE_CHECKING:
+    from ediffi.conditioning import StreamConfig
+    from ediffi.efficient_unet import EfficientUNetConfig
 
 # A misspelt field must be an error in the model library's own dataclasses too.
 DegradationConfig.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
@@ -37,6 +44,12 @@ class EfficientNetwork(Section):
         return self
 
 
+class SuperResolutionExperts(Experts):
+    """Experts of one super-resolution model; by default two halves, as of the paper's SR256."""
+
+    split: NamedSplit | tuple[Interval, ...] = "halves"
+
+
 class SuperResolution(Section):
     """One model that enlarges pictures from `low_res_px` to `image_px`."""
 
@@ -46,6 +59,25 @@ class SuperResolution(Section):
     network: EfficientNetwork
     degradation: DegradationConfig = DegradationConfig()
     train: TrainConfig
+    experts: SuperResolutionExperts | None = None  # null: the model serves all noise by itself
+
+    def expert_configs(self, name: str, distribution: SigmaDistribution) -> list[TrainConfig]:
+        """Settings of every run of every expert; none without experts.
+
+        Args:
+            name: of this model in the recipe, for the message.
+
+        Raises:
+            ValueError: the experts do not tile the axis, or one is to carry on an average that
+                its parent does not have.
+        """
+        if self.experts is None:
+            return []
+        try:
+            self.experts.check_parents(self.train, distribution, first_name=name)
+            return list(self.experts.configs(distribution).values())
+        except ValueError as error:
+            raise ValueError(f"super_resolution.{name}: {error}") from error
 
     @property
     def factor(self) -> int:
@@ -56,6 +88,17 @@ class SuperResolution(Section):
     def network_px(self) -> int:
         """Side of what the network sees while it is trained."""
         return self.patch_px or self.image_px
+
+    def network_config(self, streams: tuple[StreamConfig, ...]) -> EfficientUNetConfig:
+        """The model library's own description, for those streams."""
+        from ediffi.efficient_unet import EfficientUNetConfig
+
+        return EfficientUNetConfig(
+            image_px=self.network_px,
+            low_res_factor=self.factor,
+            streams=streams,
+            **self.network.model_dump(),
+        )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -93,3 +136,24 @@ class SuperResolution(Section):
                 f"{', '.join(map(str, self.network.self_attention_px))}: with self-attention a "
                 f"network trained on {self.patch_px} px is not fit for {self.image_px} px"
             )
+
+
+def by_size(models: Mapping[str, SuperResolution]) -> dict[str, SuperResolution]:
+    """Models in the order in which they enlarge, the first to follow the base first."""
+    return dict(sorted(models.items(), key=lambda item: item[1].image_px))
+
+
+def check_cascade(models: Mapping[str, SuperResolution], base_px: int) -> None:
+    """Check that each model enlarges what the one before it draws, the first what the base draws.
+
+    Raises:
+        ValueError: naming the field, the size it must have and the one it has.
+    """
+    drawer, drawn_px = "the base", base_px
+    for name, model in by_size(models).items():
+        if model.low_res_px != drawn_px:
+            raise ValueError(
+                f"super_resolution.{name}.low_res_px must be {drawn_px}, the size of what {drawer} "
+                f"draws, got {model.low_res_px}: models enlarge in order of their image_px"
+            )
+        drawer, drawn_px = name, model.image_px

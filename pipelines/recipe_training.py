@@ -17,6 +17,7 @@ from ediffi.noise import (
     ancestors,
     check_tiling,
     paper_intervals,
+    tree_node,
 )
 from ediffi.train.config import TrainConfig
 from pipelines.recipe_data import Fraction, Name, NonNegative, Section
@@ -74,10 +75,24 @@ class ExpertRun:
     config: TrainConfig
 
 
-class Experts(Section):
-    """How the noise axis is split, and how each expert is fine-tuned from the base."""
+NamedSplit = Literal["paper", "halves"]
 
-    split: Literal["paper"] | tuple[Interval, ...] = "paper"
+
+def named_intervals(split: NamedSplit, distribution: SigmaDistribution) -> dict[str, NoiseInterval]:
+    """The intervals that a word stands for, by expert name.
+
+    `paper` is the split of the paper's base, `halves` that of its SR256: two of equal mass (eDiff-I
+    section 4).
+    """
+    if split == "paper":
+        return paper_intervals(distribution)
+    return {"low": tree_node(1, 0, distribution), "high": tree_node(1, 1, distribution)}
+
+
+class Experts(Section):
+    """How the noise axis is split, and how each expert is fine-tuned from its parent."""
+
+    split: NamedSplit | tuple[Interval, ...] = "paper"
     growth: Literal["direct", "levels"] = "direct"
     start_weights: Literal["ema", "raw"] = "ema"
     start_optimizer: Literal["fresh", "inherit"] = "fresh"
@@ -88,7 +103,7 @@ class Experts(Section):
     @model_validator(mode="after")
     def _changes_fit(self) -> Experts:
         _changed(self.train, self.level, "experts.level")
-        for interval in () if self.split == "paper" else self.split:
+        for interval in () if isinstance(self.split, str) else self.split:
             _changed(self.train, interval.train, f"experts.split, train of {interval.name!r}")
         if self.level and self.growth == "direct":
             raise ValueError("experts.level counts only with growth 'levels': set it, or drop it")
@@ -96,7 +111,7 @@ class Experts(Section):
 
     @property
     def needs_parent_state(self) -> bool:
-        """Whether the base's averaged weights alone are not enough to start from."""
+        """Whether the parent's averaged weights alone are not enough to start from."""
         return self.start_weights == "raw" or self.start_optimizer == "inherit"
 
     def intervals(self, distribution: SigmaDistribution) -> dict[str, NoiseInterval]:
@@ -105,8 +120,8 @@ class Experts(Section):
         Raises:
             ValueError: they do not tile the axis, or an expert does not train on all it serves.
         """
-        if self.split == "paper":
-            return paper_intervals(distribution)
+        if isinstance(self.split, str):
+            return named_intervals(self.split, distribution)
         names = [interval.name for interval in self.split]
         for name in names:
             if names.count(name) > 1:
@@ -123,11 +138,11 @@ class Experts(Section):
         return intervals
 
     def runs(self, name: str, distribution: SigmaDistribution) -> list[ExpertRun]:
-        """The training runs that lead from the base to an expert, in order.
+        """The training runs that lead from the parent of all to an expert, in order.
 
         With growth "direct" there is one. With "levels" every tree node that holds all the noise
         the expert trains on comes before it, from the coarsest (eDiff-I section 4); an interval
-        across the median has none and comes from the base too.
+        across the median has none and comes from that parent too.
         """
         served = self.intervals(distribution)[name]
         interval = self._trains_on(name, served, distribution)
@@ -137,7 +152,7 @@ class Experts(Section):
             for node, node_interval in ancestors(interval, distribution).items():
                 config = _changed(level, {"seed": _seed_of(level.seed, node)}, "experts.level")
                 runs.append(ExpertRun(name=node, interval=node_interval, config=config))
-        changes = {} if self.split == "paper" else self._interval(name).train
+        changes = {} if isinstance(self.split, str) else self._interval(name).train
         config = _changed(self.train, changes, f"experts.split, train of {name!r}")
         return [*runs, ExpertRun(name=name, interval=interval, config=config)]
 
@@ -149,25 +164,31 @@ class Experts(Section):
             for run in self.runs(name, distribution)
         }
 
-    def check_parents(self, base: TrainConfig, distribution: SigmaDistribution) -> None:
-        """Raise ValueError if a run is to carry on an average that its parent does not have."""
+    def check_parents(
+        self, first: TrainConfig, distribution: SigmaDistribution, *, first_name: str = "base"
+    ) -> None:
+        """Raise ValueError if a run is to carry on an average that its parent does not have.
+
+        Args:
+            first: settings of the parent of all.
+        """
         if self.start_ema == "restart":
             return
         for name in self.intervals(distribution):
-            parent_name, parent = "base", base
+            parent_name, parent = first_name, first
             for run in self.runs(name, distribution):
                 if run.config.ema_profile == "power":
                     _check_tracked(f"{name}, {run.name}", run.config, parent_name, parent)
                 parent_name, parent = run.name, run.config
 
     def _interval(self, name: str) -> Interval:
-        assert self.split != "paper"
+        assert not isinstance(self.split, str)
         return next(interval for interval in self.split if interval.name == name)
 
     def _trains_on(
         self, name: str, served: NoiseInterval, distribution: SigmaDistribution
     ) -> NoiseInterval:
-        if self.split == "paper" or (wider := self._interval(name).trains_on) is None:
+        if isinstance(self.split, str) or (wider := self._interval(name).trains_on) is None:
             return served
         return wider.resolve(distribution)
 

@@ -17,11 +17,11 @@ from pydantic import BaseModel
 from ediffi.degradation import DegradationConfig, DegradationPass
 from ediffi.train.config import TrainConfig
 from pipelines import recipe as models
+from pipelines import recipe_evaluation, recipe_sampling, recipe_super_resolution
 from pipelines.cli import COMMANDS, build_parser
 from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe_file import load_recipe
-from pipelines.recipe_super_resolution import EfficientNetwork
 from pipelines.stages.training import NOT_IN_IDENTITY
 
 ROOT = Path(__file__).parents[1]
@@ -44,13 +44,26 @@ SECTIONS: dict[str, tuple[type, type | None]] = {
     "`experts`": (models.Experts, None),
     "`experts.split`": (models.Interval, None),
     "`super_resolution`": (models.SuperResolution, None),
-    "`super_resolution.network`": (EfficientNetwork, None),
+    "`super_resolution.experts`": (recipe_super_resolution.SuperResolutionExperts, None),
+    "`super_resolution.network`": (recipe_super_resolution.EfficientNetwork, None),
     "`super_resolution.degradation`": (DegradationConfig, None),
     "`super_resolution.degradation.first` and `second`": (DegradationPass, None),
-    "`sample`": (models.Sampling, None),
-    "`evaluate`": (models.Evaluation, None),
-    "`evaluate.features`: `kind: clip`": (models.ClipFeatures, None),
-    "`evaluate.features`: `kind: timm`": (models.TimmFeatures, None),
+    "`sample`": (recipe_sampling.Sampling, None),
+    "`sample.styles`": (recipe_sampling.StyleExample, None),
+    "`sample.paintings`": (recipe_sampling.PaintingExample, None),
+    "`sample.enlarging`": (recipe_sampling.Enlarging, None),
+    "`evaluate`": (recipe_evaluation.Evaluation, None),
+    "`evaluate.features`: `kind: clip`": (recipe_evaluation.ClipFeatures, None),
+    "`evaluate.features`: `kind: open_clip`": (recipe_evaluation.OpenClipFeatures, None),
+    "`evaluate.features`: `kind: timm`": (recipe_evaluation.TimmFeatures, None),
+    "`evaluate.features`: `kind: inception`": (recipe_evaluation.InceptionFeatures, None),
+    "`evaluate.guidance_curve`": (recipe_evaluation.GuidanceCurve, None),
+    "`evaluate.text_ablation`": (recipe_evaluation.TextAblation, None),
+    "`evaluate.attention`": (recipe_evaluation.AttentionByNoise, None),
+    "`evaluate.painting`": (recipe_evaluation.PaintingCases, None),
+    "`evaluate.painting.cases`": (recipe_evaluation.PaintedCase, None),
+    "`evaluate.painting.cases.phrases`": (recipe_evaluation.PaintedPhrase, None),
+    "`evaluate.style`": (recipe_evaluation.StyleTransfer, None),
     "`resources`": (models.Resources, None),
 }
 
@@ -81,6 +94,24 @@ OTHER_VALUES: dict[str, Any] = {
     "encoders.clip_other_text.weights": "hf-hub:someone/clip",
     "encoders.clip_other_text.cache": None,  # read when planned: tested with the stage
     "sample.prompts": ["a red circle"],
+    "sample.guidance_interval": [0.0, 10.0],
+    "sample.churn": None,  # of heun alone: tested with the section
+    "sample.churn_sigma_max": 10.0,
+    "sample.styles": None,  # name files, which are absent here: tested with the stage
+    "sample.paintings": None,
+    "sample.enlarging": {"num_steps": 5},
+    "evaluate.guidance_curve": {"scales": [1.0, 2.0]},
+    "evaluate.text_ablation": {"num_pictures": 8},
+    "evaluate.attention": {"num_samples": 8},
+    "evaluate.painting": {
+        "cases": [
+            {
+                "prompt": "a red circle on the left",
+                "phrases": [{"phrase": "red circle", "box": [0, 0, 0.5, 1]}],
+            }
+        ]
+    },
+    "evaluate.style": {"column": "shape"},
     **{
         f"{place}.{field}": value
         for place in ("base", "experts.train")
@@ -143,10 +174,12 @@ def test_every_section_has_a_table() -> None:
     told = {model for model, _ in SECTIONS.values()}
     sections = {
         one
-        for one in vars(models).values()
+        for module in (models, recipe_evaluation, recipe_sampling, recipe_super_resolution)
+        for one in vars(module).values()
         if isinstance(one, type) and issubclass(one, models.Section)
     }
-    assert sections - {models.Section, models.CacheRecipe} <= told
+    shared = {models.Section, models.CacheRecipe, recipe_sampling.SamplerSettings}
+    assert sections - shared <= told
     silent = {
         name for name, (_, address) in _rows("`base` and `experts.train`").items() if address == "–"
     }

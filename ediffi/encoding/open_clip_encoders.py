@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ediffi.encoders import ImageEncoder, TextEncoder, TokenizedCaptions
+from ediffi.encoders import ImageEncoder, TextEncoder, TokenizedCaptions, sub_lists
 from ediffi.encoding.clip_text import clip_text_states
 from ediffi.encoding.encoder_identity import encoder_identity
 from ediffi.encoding.encoder_weights import (
@@ -50,13 +50,21 @@ class OpenClipTextEncoder(TextEncoder):
         self._measure(self.network.context_length)
 
     def tokenize(self, captions: Sequence[str]) -> TokenizedCaptions:
-        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
-        longest = self.config.max_tokens - 2
-        words = [self.tokenizer.encode(caption) for caption in captions]
+        whole = [self._whole_ids(caption) for caption in captions]
+        longest = self.config.max_tokens - 1  # and the end token
         return TokenizedCaptions(
-            ids=[[start, *row[:longest], end] for row in words],
-            num_tokens=[len(row) + 2 for row in words],
+            ids=[[*row[:-1][:longest], row[-1]] for row in whole],
+            num_tokens=[len(row) for row in whole],
         )
+
+    def _whole_ids(self, caption: str) -> list[int]:
+        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        return [start, *self.tokenizer.encode(caption), end]
+
+    def _occurrences(self, caption: str, phrase: str) -> list[tuple[int, ...]]:
+        # Words are tokenized one by one, and the last token of a word is marked as such: "red"
+        # is not found in "redder".
+        return sub_lists(self._whole_ids(caption), self.tokenizer.encode(phrase))
 
     def _forward(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         return clip_text_states(self.network, ids_BT, self.config.layer)

@@ -5,19 +5,23 @@ Shape legend: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ediffi.encoders import TextEncoder, TokenizedCaptions
+from ediffi.encoders import TextEncoder, TokenizedCaptions, sub_lists
 from ediffi.encoding.encoder_weights import (
     EncoderConfig,
     explained_loading,
     hub_revision,
     local_weights,
 )
+
+# Letters of scripts that put spaces between words: not Thai, kana, Chinese characters.
+_LETTER = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"
 
 
 class TransformersEncoder(TextEncoder):
@@ -57,6 +61,23 @@ class TransformersEncoder(TextEncoder):
                 ids[i] = row
         return TokenizedCaptions(ids, num_tokens)
 
+    def _whole_ids(self, caption: str) -> list[int]:
+        return self._ids([caption])[0]
+
+    def _occurrences(self, caption: str, phrase: str) -> list[tuple[int, ...]]:
+        wanted = self._ids([phrase], add_special_tokens=False)[0]
+        if not self.tokenizer.is_fast:  # it does not tell which letters a token came from
+            return sub_lists(self._whole_ids(caption), wanted)
+        # Not by ids alone: after a quotation mark the same word has other tokens.
+        words = r"\s+".join(re.escape(word) for word in phrase.split())
+        matches = re.finditer(f"(?<!{_LETTER}){words}(?!{_LETTER})", caption, re.IGNORECASE)
+        spans = self.tokenizer(caption, return_offsets_mapping=True, verbose=False)
+        found = []
+        for match in matches:
+            if self._ids([match.group()], add_special_tokens=False)[0] == wanted:
+                found.append(_overlapping(spans["offset_mapping"], *match.span()))
+        return [indices for indices in found if indices]
+
     def _ids(self, captions: list[str], **options: Any) -> list[list[int]]:
         encoding = self.tokenizer(
             captions,
@@ -69,6 +90,11 @@ class TransformersEncoder(TextEncoder):
 
     def _forward(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, None]:
         return self.network(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state, None
+
+
+def _overlapping(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
+    """Indices of the spans that share a letter with start:end; special tokens have empty spans."""
+    return tuple(i for i, (first, last) in enumerate(spans) if first < end and start < last)
 
 
 def _load_network(

@@ -15,12 +15,9 @@ from torch import Tensor
 
 from ediffi.conditioning import Conditioning
 from ediffi.ensemble import Ensemble
-from ediffi.generator import SamplingConfig, to_uint8
-from ediffi.guidance import guided
 from ediffi.noise import WHOLE, NoiseInterval
 from ediffi.preconditioning import Denoiser, DenoiserFn
-from ediffi.samplers import SAMPLERS, initial_noise
-from ediffi.schedule import sigma_schedule
+from ediffi.sampling import SamplingConfig, draw, to_uint8
 
 _COLUMNS = 8
 _GAP_PX = 2
@@ -46,13 +43,6 @@ class GridConfig(SamplingConfig):
             raise ValueError(f"grid.num_pictures must be at least 1, got {self.num_pictures}")
         if self.seed < 0:
             raise ValueError(f"grid.seed must not be negative, got {self.seed}")
-        self.sigmas()
-
-    def sigmas(self) -> Tensor:
-        """Noise levels to visit."""
-        return sigma_schedule(
-            self.num_steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
-        )
 
 
 def draw_pictures(
@@ -79,11 +69,10 @@ def draw_pictures(
     dropped = torch.zeros(conditioning.batch_size, dtype=torch.bool)
     conditioning = conditioning.drop(dict.fromkeys(config.dropped_streams, dropped))
     seeds = [config.seed + index for index in picture_indices]
-    x_BCHW = initial_noise(seeds, shape_CHW, config.sigma_max).to(device)
-    sampler = SAMPLERS[config.sampler]
-    return to_uint8(
-        sampler(guided(denoiser, config.guidance), x_BCHW, config.sigmas(), conditioning, None)
+    pictures = draw(
+        denoiser, conditioning, seeds=seeds, shape_CHW=shape_CHW, config=config, device=device
     )
+    return to_uint8(pictures)
 
 
 def routed(own: Denoiser, interval: NoiseInterval, parent: Denoiser | None) -> DenoiserFn:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ediffi.conditioning import Conditioning, collate
-from ediffi.generator import to_uint8
 from ediffi.loss import (
     HELD_OUT_LOSS,
     HELD_OUT_SEED,
@@ -33,6 +32,7 @@ from ediffi.loss import (
 from ediffi.network import build_network
 from ediffi.noise import WHOLE, NoiseInterval, SigmaDistribution
 from ediffi.preconditioning import Denoiser
+from ediffi.sampling import to_uint8
 from ediffi.shards import JoinedShards
 from ediffi.snapshot import load_snapshot, read_snapshot
 from ediffi.train.data import centre_patch, low_res_of, to_unit_range

@@ -6,7 +6,6 @@ import argparse
 from argparse import ArgumentParser
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
 JSON_HELP = "print JSON on stdout"
 Command = Callable[[argparse.Namespace], int | None]
@@ -105,19 +104,6 @@ def embed_options(verb: ArgumentParser) -> None:
 def status_options(verb: ArgumentParser) -> None:
     verb.add_argument("run", nargs="?", default="", help="id of a run, or its beginning; newest")
     json_option(verb)
-
-
-def sample_options(verb: ArgumentParser) -> None:
-    verb.add_argument("model", type=Path, help="an ensemble directory")
-    verb.add_argument("--prompt", action="append", required=True, help="what to draw; repeatable")
-    verb.add_argument("--seed", type=int, action="append", help="one a picture (0 1 2 3)")
-    verb.add_argument("--guidance", type=float, default=2.0)
-    verb.add_argument("--steps", type=int, default=18)
-    verb.add_argument("--sampler", choices=("heun", "dpm++2m"), default="heun")
-    verb.add_argument("--sigma-max", type=float, default=80.0)
-    verb.add_argument("--device", default="cpu", help="cpu or cuda")
-    verb.add_argument("--use", choices=("ensemble", "base"), default="ensemble")
-    verb.add_argument("--out", type=Path, default=Path("samples"), help="directory for the PNGs")
 
 
 def compare_options(verb: ArgumentParser) -> None:

@@ -104,6 +104,8 @@ def print_table(record: RunRecord) -> None:
     directories = {row["name"]: location(row["path"]) for row in record.stages}
     if "sample" in directories:
         print(f"pictures           {directories['sample'] / 'grid.png'}")
+    if "report" in directories:
+        print(f"report             {directories['report'] / 'report.html'}")
     if (ensemble := _ensemble(vars(record))) is not None:
         print(f"ensemble           {ensemble}")
     store = next(iter(directories.values())).parents[1]
@@ -123,9 +125,9 @@ def _ensemble(record: Json) -> Location | None:
 
 
 def _figures(record: Json) -> dict[str, float]:
-    """The figures of a run's evaluation, by name."""
+    """The figures of a run's report, by name."""
     for row in record["stages"]:
-        if row["name"] == "evaluate" and row["state"] in {"ran", "cached"}:
+        if row["name"] == "report" and row["state"] in {"ran", "cached"}:
             return Manifest.load(location(row["path"])).receipt("report").facts["metrics"]
     return {}
 
@@ -160,38 +162,6 @@ def _progress(record: Json, ledger: Ledger) -> list[str]:
         state = "complete" if one.is_hit else "; ".join(one.reasons)
         lines.append(f"{one.name:<18} {state}")
     return lines
-
-
-def sample(options: Namespace) -> None:
-    """Draw pictures and print the path of each."""
-    from PIL import Image
-
-    import ediffi
-    from ediffi.generator import SamplingConfig
-
-    config = SamplingConfig(
-        sampler=options.sampler,
-        num_steps=options.steps,
-        guidance=options.guidance,
-        sigma_max=options.sigma_max,
-    )
-    seeds = options.seed or [0, 1, 2, 3]
-    pairs = [(prompt, seed) for prompt in options.prompt for seed in seeds]
-    try:
-        generator = ediffi.load(options.model, device=options.device)
-        pictures = generator.generate(
-            [prompt for prompt, _ in pairs],
-            seeds=[seed for _, seed in pairs],
-            config=config,
-            model=options.use,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    options.out.mkdir(parents=True, exist_ok=True)
-    for index, (picture, (_, seed)) in enumerate(zip(pictures, pairs, strict=True)):
-        path = options.out / f"{index // len(seeds):03d}-seed{seed}.png"
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
-        print(path)
 
 
 def compare(options: Namespace) -> None:

@@ -10,10 +10,12 @@ from pipelines.stages.embed import Embed
 from pipelines.stages.embed_cache import AdoptCache
 from pipelines.stages.evaluate import Evaluate
 from pipelines.stages.ingest import ingest_stage
+from pipelines.stages.report import Report
 from pipelines.stages.sample import Sample
 from pipelines.stages.train_base import TrainBase
 from pipelines.stages.train_experts import TrainExperts
 from pipelines.stages.train_super_resolution import TrainSuperResolution
+from pipelines.stages.train_super_resolution_experts import TrainSuperResolutionExperts
 
 
 def build_stages(recipe: CacheRecipe) -> list[Stage]:
@@ -35,11 +37,17 @@ def build_stages(recipe: CacheRecipe) -> list[Stage]:
         *stages,
         TrainBase(recipe=recipe, embeds=embed_names),
         TrainExperts(recipe=recipe, embeds=embed_names),
-        Assemble(recipe=recipe, embeds=embed_names),
-        Sample(config=recipe.sample, seed=recipe.seed),
-        Evaluate(recipe=recipe, embeds=embed_names),
         *(
             TrainSuperResolution(recipe=recipe, model=name, embeds=embed_names)
             for name in recipe.super_resolution
         ),
+        *(
+            TrainSuperResolutionExperts(recipe=recipe, model=name, embeds=embed_names)
+            for name, model in recipe.super_resolution.items()
+            if model.experts is not None
+        ),
+        Assemble(recipe=recipe, embeds=embed_names),
+        Sample(config=recipe.sample, seed=recipe.seed),
+        Evaluate(recipe=recipe, embeds=embed_names),
+        Report(),
     ]

@@ -60,7 +60,8 @@ def clip_alignment(text: EncoderConfig, image: EncoderConfig, device: str) -> Al
     import torch
 
     from ediffi.encoders import load_encoder
-    from ediffi.metrics import ClipFeatures, clip_score, clip_scores
+    from ediffi.features import ClipFeatures
+    from ediffi.metrics import clip_score, clip_scores
 
     extract = ClipFeatures(image, device=device)
     text_encoder = load_encoder(text, device=device)

@@ -1,4 +1,8 @@
-"""Put the experts together: one directory that can be copied away and still draws pictures."""
+"""Put the experts together: one directory that can be copied away and still draws pictures.
+
+With super-resolution models it holds the cascade: an ensemble for each of them, and in what order
+they enlarge.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipelines.recipe import Recipe
+from pipelines.recipe_super_resolution import by_size
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
 from pipelines.stages.inputs import CLIP_FOLDER, encoder_config, snapshot_paths
+from pipelines.stages.train_super_resolution import STAGE_PREFIX as MODEL_PREFIX
+from pipelines.stages.train_super_resolution_experts import STAGE_PREFIX as EXPERTS_PREFIX
 
 ENSEMBLE_FOLDER = "ensemble"
 ENCODERS_FOLDER = "encoders"
+_ONLY_EXPERT = "whole"  # of a super-resolution model without experts: it serves all noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,7 @@ class Assemble:
     @property
     def needs(self) -> tuple[str, ...]:
         fitted = ("clip_fit",) if self.recipe.clip_fit is not None else ()
-        return ("base", "experts", *fitted, *self.embeds)
+        return ("base", "experts", *fitted, *self.embeds, *self._super_resolution_stages)
 
     def identity(self) -> Json:
         return {}  # all that matters reaches this stage through its inputs
@@ -38,7 +46,7 @@ class Assemble:
         return [Unit(id=ENSEMBLE_FOLDER)]
 
     def run(self, unit: Unit, workspace: Workspace) -> Outcome:
-        from ediffi.ensemble import save_ensemble
+        from ediffi.ensemble_file import save_ensemble
 
         directory = workspace.scratch / ENSEMBLE_FOLDER
         experts = snapshot_paths(workspace.inputs["experts"])
@@ -48,14 +56,43 @@ class Assemble:
             base=snapshot_paths(workspace.inputs["base"])["base"],
             encoders=self._encoders(workspace, directory),
         )
+        num_experts = len(experts) + self._add_cascade(workspace, directory)
         files = sorted(path for path in directory.rglob("*") if path.is_file())
-        # the record goes last here too: an ensemble without it is no ensemble
-        files.sort(key=lambda path: path.name == "ensemble.json")
+        # records go last here too, the ensemble's own at the very end: without it there is none
+        files.sort(key=lambda path: (path.suffix == ".json", path == directory / "ensemble.json"))
         return Outcome(
             files=[str(path.relative_to(workspace.scratch)) for path in files],
-            num_in=len(experts),
+            num_in=num_experts,
             num_out=1,
         )
+
+    @property
+    def _super_resolution_stages(self) -> tuple[str, ...]:
+        models = self.recipe.super_resolution.items()
+        return (
+            *(MODEL_PREFIX + name for name, _ in models),
+            *(EXPERTS_PREFIX + name for name, model in models if model.experts is not None),
+        )
+
+    def _add_cascade(self, workspace: Workspace, directory: Path) -> int:
+        """Put the super-resolution models in; returns of how many experts they are."""
+        from ediffi.cascade import FOLDER, save_cascade
+        from ediffi.ensemble_file import save_ensemble
+
+        if not self.recipe.super_resolution:
+            return 0
+        num_experts, ensembles = 0, {}
+        for name, model in by_size(self.recipe.super_resolution).items():
+            parent = snapshot_paths(workspace.inputs[MODEL_PREFIX + name])[name]
+            experts, base = {_ONLY_EXPERT: parent}, None
+            if model.experts is not None:
+                experts, base = snapshot_paths(workspace.inputs[EXPERTS_PREFIX + name]), parent
+            ensembles[name] = directory / FOLDER / name
+            # the base's ensemble says what encoders its streams come from, once for all
+            save_ensemble(ensembles[name], experts, base=base, encoders={})
+            num_experts += len(experts)
+        save_cascade(directory, ensembles)
+        return num_experts
 
     def _encoders(self, workspace: Workspace, directory: Path) -> dict[str, Json]:
         """Descriptions of the encoders; fitted weights are copied into the ensemble."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.recipe import Recipe
 from pipelines.recipe_super_resolution import SuperResolution
@@ -13,7 +13,7 @@ from pipelines.stages.inputs import stream_configs
 from pipelines.stages.training import data_identity, train_identity, train_job, train_unit
 
 if TYPE_CHECKING:
-    from ediffi.network import NetworkConfig
+    from ediffi.train.job import TrainJob
 
 STAGE_PREFIX = "super_resolution/"
 
@@ -50,33 +50,46 @@ class TrainSuperResolution:
             "patch_px": config.patch_px,
             "degradation": asdict(config.degradation),
             "train": train_identity(config.train),
+            **({"keeps_state": True} if self._keeps_state else {}),
         }
 
     def plan(self, inputs: Mapping[str, Manifest]) -> list[Unit]:
         return [Unit(id=self.model)]
 
     def run(self, unit: Unit, workspace: Workspace) -> Outcome:
-        from ediffi.degradation import LowRes
-
-        job = train_job(
+        job = super_resolution_job(
             self.recipe,
             workspace,
-            network=self.network_config(workspace.inputs),
+            self.model,
             config=self.config.train,
             snapshot_path=workspace.scratch / unit.id,
             durable=workspace.durable,
-            picture_px=self.config.image_px,
-            low_res=LowRes(factor=self.config.factor, degradation=self.config.degradation),
         )
-        return train_unit(job, workspace)
+        return train_unit(job, workspace, keeps_state=self._keeps_state)
 
-    def network_config(self, inputs: Mapping[str, Manifest]) -> NetworkConfig:
-        """The model's Efficient U-Net, its streams as wide as the caches say."""
-        from ediffi.efficient_unet import EfficientUNetConfig
+    @property
+    def _keeps_state(self) -> bool:
+        """Whether experts carry on more than the averaged weights."""
+        return self.config.experts is not None and self.config.experts.needs_parent_state
 
-        return EfficientUNetConfig(
-            image_px=self.config.network_px,
-            low_res_factor=self.config.factor,
-            streams=stream_configs(self.recipe.encoders, inputs),
-            **self.config.network.model_dump(),
-        )
+
+def super_resolution_job(
+    recipe: Recipe, workspace: Workspace, model: str, **of_the_run: Any
+) -> TrainJob:
+    """`train_job` for a super-resolution model or one of its experts: network, pictures, input.
+
+    Args:
+        model: its name in the recipe.
+        of_the_run: the other arguments of `train_job`.
+    """
+    from ediffi.degradation import LowRes
+
+    config = recipe.super_resolution[model]
+    return train_job(
+        recipe,
+        workspace,
+        network=config.network_config(stream_configs(recipe.encoders, workspace.inputs)),
+        picture_px=config.image_px,
+        low_res=LowRes(factor=config.factor, degradation=config.degradation),
+        **of_the_run,
+    )

@@ -11,6 +11,7 @@ from ediffi.noise import WHOLE, NoiseInterval
 from ediffi.train.config import TrainConfig
 from pipelines.durable import CHECKPOINTS_FOLDER, GRIDS_FOLDER
 from pipelines.recipe import Recipe
+from pipelines.recipe_sampling import SamplerSettings
 from pipelines.stage import Json, Manifest, Outcome, Workspace
 from pipelines.stages.inputs import joined_shards, stream_configs, without
 
@@ -118,26 +119,20 @@ def train_job(
         low_res=low_res,
         start=start,
         base=base,
-        grid=_grid(recipe),
+        grid=_grid(recipe, recipe.sample.enlarging if low_res else recipe.sample),
         checkpoint_path=durable / CHECKPOINTS_FOLDER,
         snapshot_path=snapshot_path,
         grid_path=durable / GRIDS_FOLDER,
     )
 
 
-def _grid(recipe: Recipe) -> GridConfig:
+def _grid(recipe: Recipe, settings: SamplerSettings) -> GridConfig:
     """How pictures are drawn while training: as the recipe samples, without streams of pictures."""
     from ediffi.train.held_out import GridConfig
 
-    sampling = recipe.sample
     return GridConfig(
+        **asdict(settings.config()),
         num_pictures=GRID_PICTURES,
-        sampler=sampling.sampler,
-        num_steps=sampling.num_steps,
-        guidance=sampling.guidance,
-        sigma_min=sampling.sigma_min,
-        sigma_max=sampling.sigma_max,
-        rho=sampling.rho,
         seed=recipe.seed,
         dropped_streams=tuple(
             name for name, one in recipe.encoders.items() if one.family == "open_clip_image"

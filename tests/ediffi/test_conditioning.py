@@ -1,6 +1,6 @@
 """Streams of a batch: collating, dropping, null, selecting and joining.
 
-Shapes: B batch, T tokens, D width.
+Shapes: B batch, T tokens, D width, H W painting.
 """
 
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ediffi.conditioning import Conditioning, Stream, StreamConfig, collate
+from ediffi.conditioning import Conditioning, Stream, StreamConfig, collate, resize_paint
 
 STREAMS = (
     StreamConfig(name="t5", token_width=3),
@@ -33,7 +33,7 @@ def assert_equal(found: Conditioning, expected: Conditioning) -> None:
     assert found.batch_size == expected.batch_size
     assert list(found.streams) == list(expected.streams)
     for name, stream in expected.streams.items():
-        for part in ("tokens_BTD", "mask_BT", "pooled_BD"):
+        for part in ("tokens_BTD", "mask_BT", "pooled_BD", "paint_BTHW"):
             ours, theirs = getattr(found.streams[name], part), getattr(stream, part)
             assert (ours is None) == (theirs is None)
             assert ours is None or torch.equal(ours, theirs), (name, part)
@@ -267,3 +267,96 @@ def test_low_resolution_pictures_must_fit_their_batch() -> None:
     lacking = Conditioning(enlarged().streams, 3)
     with pytest.raises(ValueError, match="only some batches have low_res_BCHW"):
         Conditioning.concatenate([enlarged(), lacking])
+
+
+def painted(*lengths: int, size: tuple[int, int] = (4, 6)) -> Conditioning:
+    """Return samples of so many T5 tokens whose T5 stream is painted at random."""
+    conditioning = collate([sample(length) for length in lengths], STREAMS)
+    t5 = conditioning.streams["t5"]
+    assert t5.tokens_BTD is not None
+    t5.paint_BTHW = torch.rand(*t5.tokens_BTD.shape[:2], *size)
+    return conditioning
+
+
+def paint_of(conditioning: Conditioning, name: str = "t5") -> Tensor:
+    """Return the planes of one stream."""
+    paint_BTHW = conditioning.streams[name].paint_BTHW
+    assert paint_BTHW is not None
+    return paint_BTHW
+
+
+def test_paint_goes_where_its_samples_go() -> None:
+    """Selecting and repeating take the planes along; moving keeps them floating point."""
+    conditioning = painted(3, 2)
+    planes = paint_of(conditioning)
+    assert torch.equal(paint_of(conditioning.select(torch.tensor([1]))), planes[1:])
+    assert torch.equal(paint_of(conditioning.repeat(2)), torch.cat([planes, planes]))
+    assert paint_of(conditioning.to(dtype=torch.float64)).dtype == torch.float64
+
+
+def test_dropping_a_stream_blanks_its_paint_and_null_forgets_it() -> None:
+    """What is dropped is not painted; the null conditioning never is, nor slowed by it."""
+    conditioning = painted(3, 2)
+    dropped = conditioning.drop({"t5": torch.tensor([False, True])})
+    assert not paint_of(dropped)[0].any()
+    assert torch.equal(paint_of(dropped)[1], paint_of(conditioning)[1])
+    assert all(stream.paint_BTHW is None for stream in conditioning.null().streams.values())
+    assert_equal(conditioning.null(), plain(conditioning).null())
+
+
+def plain(conditioning: Conditioning) -> Conditioning:
+    """Return the conditioning without any paint."""
+    streams = {name: stream.without_paint() for name, stream in conditioning.streams.items()}
+    return Conditioning(streams, conditioning.batch_size)
+
+
+def test_joining_blanks_what_is_not_painted() -> None:
+    """Unpainted batches get zeros, for the tokens of padding too; painted planes stay."""
+    first, second = painted(2), painted(5)
+    joined = Conditioning.concatenate([first, plain(second), second])
+    planes = paint_of(joined)
+    assert planes.shape == (3, 5, 4, 6)
+    assert torch.equal(planes[0, :2], paint_of(first)[0])
+    assert not planes[0, 2:].any()
+    assert not planes[1].any()
+    assert torch.equal(planes[2], paint_of(second)[0])
+    unpainted = Conditioning.concatenate([plain(first), plain(second), plain(second)])
+    assert_equal(plain(joined), unpainted)
+
+
+def test_joining_brings_paint_to_the_largest_size() -> None:
+    """A smaller painting is enlarged, a blank one made, at the height and width of the largest."""
+    small, large = painted(2, size=(2, 3)), painted(2, size=(4, 6))
+    planes = paint_of(Conditioning.concatenate([small, large, small.null()]))
+    assert torch.equal(planes[:1], resize_paint(paint_of(small), (4, 6)))
+    assert torch.equal(planes[1:2], paint_of(large))
+    assert not planes[2].any()
+
+
+def test_resizing_paint_keeps_even_planes_even() -> None:
+    """A constant plane stays constant, larger or smaller; the same size gives the same values."""
+    paint_BTHW = torch.full((1, 2, 6, 4), 0.4)
+    for size in ((2, 2), (9, 5), (6, 4)):
+        expected = torch.full((1, 2, *size), 0.4)
+        torch.testing.assert_close(resize_paint(paint_BTHW, size), expected)
+
+
+@pytest.mark.parametrize(
+    ("paint_BTHW", "message"),
+    [
+        (torch.zeros(1, 2, 4, 4), r"shape \(1, 3, 'H', 'W'\).*got \(1, 2, 4, 4\)"),
+        (torch.zeros(1, 3, 4), "a plane for each token"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.bool), "must be floating point, got torch.bool"),
+    ],
+)
+def test_paint_must_fit_its_tokens(paint_BTHW: Tensor, message: str) -> None:
+    """A floating-point plane for each token, or an error that says so."""
+    mask_BT = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        Stream(torch.zeros(1, 3, 2), mask_BT, paint_BTHW=paint_BTHW)
+
+
+def test_only_tokens_can_be_painted() -> None:
+    """A stream that is one pooled vector has no tokens to place."""
+    with pytest.raises(ValueError, match="must have tokens_BTD to paint"):
+        Stream(pooled_BD=torch.zeros(1, 2), paint_BTHW=torch.zeros(1, 1, 4, 4))

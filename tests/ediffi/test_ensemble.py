@@ -1,42 +1,21 @@
-"""Tests of ediffi.ensemble: routing by sigma, and the directory it is shipped in."""
+"""Tests of ediffi.ensemble: routing by sigma, and the average that it is measured against."""
 
-import json
+import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ediffi.conditioning import Conditioning, Stream, StreamConfig
-from ediffi.ensemble import (
-    Ensemble,
-    load_base,
-    load_ensemble,
-    read_ensemble_info,
-    save_ensemble,
-)
+from ediffi.conditioning import Conditioning, Stream
+from ediffi.ensemble import ROUTE, Blend, Ensemble
 from ediffi.guidance import guided
-from ediffi.noise import WHOLE, NoiseInterval, SigmaDistribution, paper_intervals
-from ediffi.preconditioning import Denoiser, Preconditioning
-from ediffi.samplers import SAMPLERS, initial_noise
+from ediffi.noise import WHOLE, NoiseInterval
+from ediffi.preconditioning import DenoiserFn
+from ediffi.samplers import SAMPLERS
+from ediffi.sampling import SamplingConfig, draw
 from ediffi.schedule import sigma_schedule
-from ediffi.snapshot import Snapshot, SnapshotError, load_snapshot, save_snapshot
-from ediffi.unet import UNet, UNetConfig
-
-PAPER = SigmaDistribution()
-INTERVALS = paper_intervals(PAPER)
-CONFIG = UNetConfig(
-    image_px=8,
-    widths=(8, 8),
-    num_blocks=1,
-    cross_attention_px=(4,),
-    head_width=8,
-    context_width=8,
-    embedding_width=16,
-    streams=(StreamConfig(name="t5", token_width=6),),
-)
-ENCODERS = {"t5": {"family": "transformers", "weights_identity": {"sha256": "ab"}}}
+from tests.tiny_ensemble import INTERVALS, PAPER, random_denoiser, text
 
 
 class Constant(nn.Module):
@@ -53,10 +32,11 @@ class Constant(nn.Module):
         return torch.zeros_like(x_BCHW) + self.value + pooled_BD[:, :, None, None]
 
 
-def constants() -> Ensemble:
+def constants(blend: Blend = ROUTE) -> Ensemble:
     """Experts that answer 100, 200 and 300 from low to high noise."""
     values = {"high": 300.0, "low": 100.0, "middle": 200.0}
-    return Ensemble({name: (INTERVALS[name], Constant(value)) for name, value in values.items()})
+    experts = {name: (INTERVALS[name], Constant(value)) for name, value in values.items()}
+    return Ensemble(experts, blend=blend)
 
 
 def answers(ensemble: Ensemble, sigmas: list[float]) -> list[float]:
@@ -66,21 +46,6 @@ def answers(ensemble: Ensemble, sigmas: list[float]) -> list[float]:
     sigma_B = torch.tensor(sigmas, dtype=torch.float64)
     found = ensemble(torch.zeros(len(sigmas), 1, 1, 1), sigma_B, conditioning)
     return found.flatten().tolist()
-
-
-def random_denoiser(seed: int) -> Denoiser:
-    """A small network with weights drawn afresh, since a new one answers zero."""
-    network, generator = UNet(CONFIG), torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
-    return Denoiser(network, Preconditioning()).eval()
-
-
-def text(batch_size: int) -> Conditioning:
-    """Random tokens for the networks of this file."""
-    tokens_BTD = torch.randn(batch_size, 5, 6, generator=torch.Generator().manual_seed(2))
-    mask_BT = torch.ones(batch_size, 5, dtype=torch.bool)
-    return Conditioning({"t5": Stream(tokens_BTD=tokens_BTD, mask_BT=mask_BT)}, batch_size)
 
 
 def test_each_sample_goes_to_the_expert_of_its_sigma_with_its_own_conditioning():
@@ -155,16 +120,26 @@ def test_any_name_is_allowed_in_memory():
     assert answers(ensemble, [1.0, 50.0]) == [7.0, 8.0]
 
 
-def test_experts_with_equal_weights_equal_the_base_bit_for_bit():
-    """Sampling through three copies of the base gives the base's own pictures."""
-    base = random_denoiser(0)
-    ensemble = Ensemble({name: (interval, base) for name, interval in INTERVALS.items()})
-    noise, conditioning = initial_noise([0, 1, 2], (3, 8, 8), 80.0), text(3)
-    for sampler in SAMPLERS.values():
-        expected = sampler(guided(base, 2.0), noise, sigma_schedule(8), conditioning)
-        found = sampler(guided(ensemble, 2.0), noise, sigma_schedule(8), conditioning)
-        assert torch.equal(found, expected)
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_experts_with_equal_weights_equal_the_base_bit_for_bit(sampler, guidance):
+    """Drawing through three copies of the base, each its own, gives the base's own pictures."""
+    base, conditioning = random_denoiser(0), text(3)
+    ensemble = Ensemble({name: (own, random_denoiser(0)) for name, own in INTERVALS.items()})
+    config = SamplingConfig(sampler=sampler, num_steps=8, guidance=guidance)
+
+    def drawn(denoiser: DenoiserFn) -> Tensor:
+        return draw(denoiser, conditioning, seeds=[0, 1, 2], shape_CHW=(3, 8, 8), config=config)
+
+    expected = drawn(base)
+    assert torch.equal(drawn(ensemble), expected)
     assert set(ensemble.calls) == {"low", "middle", "high"}
+    other = Ensemble({**_copies(), "high": (INTERVALS["high"], random_denoiser(1))})
+    assert not torch.equal(drawn(other), expected)
+
+
+def _copies() -> dict:
+    return {name: (interval, random_denoiser(0)) for name, interval in INTERVALS.items()}
 
 
 def test_a_mixed_batch_equals_its_samples_one_by_one():
@@ -193,188 +168,86 @@ def test_gradients_reach_every_expert_of_a_mixed_batch():
         assert any((p.grad is not None and p.grad.any()) for p in denoiser.parameters())
 
 
-def snapshots(root: Path) -> dict[str, Path]:
-    """Write a base and three experts, each with weights of its own."""
-    intervals = {"base": WHOLE, **INTERVALS}
-    for seed, (name, interval) in enumerate(intervals.items()):
-        snapshot = Snapshot(
-            network=CONFIG,
-            preconditioning=Preconditioning(),
-            distribution=PAPER,
-            interval=interval,
-            images_seen=1000 + seed,
-        )
-        save_snapshot(root / name, snapshot, random_denoiser(seed).network.state_dict())
-    return {name: root / name for name in intervals}
+# -- the average ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[str, Path]:
-    """Snapshot directories of base, low, middle and high."""
-    return snapshots(tmp_path_factory.mktemp("snapshots"))
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 0.9, 1.0])
+def test_an_average_gives_alpha_to_the_owner_and_equal_shares_to_the_others(alpha):
+    """Each sample of a mixed batch gets its own weights; three constants show them."""
+    sigmas, values = [80.0, 0.01, 1.0], [100.0, 200.0, 300.0]
+    owners = [2, 0, 1]
+    found = answers(constants(Blend(kind="average", alpha=alpha)), sigmas)
+    for label, (answer, owner) in enumerate(zip(found, owners)):
+        shares = [alpha if index == owner else (1 - alpha) / 2 for index in range(3)]
+        expected = label + sum(share * value for share, value in zip(shares, values))
+        assert answer == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.fixture
-def directory(tmp_path, sources) -> Path:
-    """An assembled ensemble with its base."""
-    experts = {name: sources[name] for name in ("high", "low", "middle")}
-    save_ensemble(tmp_path / "ensemble", experts, base=sources["base"], encoders=ENCODERS)
-    return tmp_path / "ensemble"
+def test_an_average_with_all_the_weight_on_the_owner_is_routing():
+    """At alpha 1 both kinds agree, though one asks everybody."""
+    denoisers = {name: random_denoiser(seed) for seed, name in enumerate(INTERVALS)}
+    experts = {name: (INTERVALS[name], denoisers[name]) for name in INTERVALS}
+    inputs = torch.randn(3, 3, 8, 8), torch.tensor([0.01, 1.0, 20.0]), text(3)
+    with torch.no_grad():
+        averaged = Ensemble(experts, blend=Blend(kind="average", alpha=1.0))(*inputs)
+        torch.testing.assert_close(averaged, Ensemble(experts)(*inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_ensemble_directory_gives_back_info_experts_and_base(directory, sources):
-    """Everything needed comes back from the one directory, equal to the snapshots."""
-    info, ensemble = load_ensemble(directory)
-    assert [expert.name for expert in info.experts] == ["low", "middle", "high"]
-    assert {expert.name: expert.interval for expert in info.experts} == INTERVALS
-    assert [expert.images_seen for expert in info.experts] == [1001, 1002, 1003]
-    assert (info.network, info.distribution, info.encoders) == (CONFIG, PAPER, ENCODERS)
-    assert not ensemble.training
-    x_BCHW, conditioning = torch.randn(1, 3, 8, 8), text(1)
-    for name, sigma in (("low", 0.01), ("middle", 1.0), ("high", 20.0)):
-        inputs = x_BCHW, torch.tensor([sigma]), conditioning
-        assert torch.equal(ensemble(*inputs), load_snapshot(sources[name])[1](*inputs))
-    inputs = x_BCHW, torch.tensor([1.0]), conditioning
-    assert torch.equal(load_base(directory)(*inputs), load_snapshot(sources["base"])[1](*inputs))
+def test_an_average_of_equal_experts_is_the_expert():
+    """Shares sum to one, whatever alpha is."""
+    base, inputs = random_denoiser(0), (torch.randn(2, 3, 8, 8), torch.tensor([0.1, 30.0]), text(2))
+    experts = {name: (interval, base) for name, interval in INTERVALS.items()}
+    with torch.no_grad():
+        found = Ensemble(experts, blend=Blend(kind="average", alpha=0.7))(*inputs)
+        torch.testing.assert_close(found, base(*inputs), rtol=1e-5, atol=1e-6)
 
 
-def test_record_has_the_published_form(directory):
-    """`ensemble.json` is what other programs read: its keys are a promise."""
-    record = json.loads((directory / "ensemble.json").read_text())
-    assert list(record) == [
-        "format",
-        "experts",
-        "network",
-        "preconditioning",
-        "distribution",
-        "encoders",
-        "base",
-    ]
-    high = record["experts"][-1]
-    assert list(high) == ["name", "interval", "weights", "sha256", "images_seen"]
-    assert high["interval"] == {"sigma_min": INTERVALS["high"].sigma_min, "sigma_max": "inf"}
-    assert high["weights"] == "high.safetensors"
-    assert sorted(path.name for path in directory.iterdir()) == [
-        "base.safetensors",
-        "ensemble.json",
-        "high.safetensors",
-        "low.safetensors",
-        "middle.safetensors",
-    ]
+def test_an_average_asks_every_expert_each_time():
+    """Its cost is counted as what it is."""
+    ensemble = constants(Blend(kind="average"))
+    answers(ensemble, [1.0, 20.0])
+    assert dict(ensemble.calls) == {"low": 1, "middle": 1, "high": 1}
 
 
-def test_assembling_again_gives_equal_bytes(directory, sources, tmp_path):
-    """The directory is a function of its snapshots, not of the order in which they are named."""
-    experts = {name: sources[name] for name in ("low", "middle", "high")}
-    save_ensemble(tmp_path / "again", experts, base=sources["base"], encoders=ENCODERS)
-    for path in directory.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-
-
-def test_an_ensemble_without_base_says_so(tmp_path, sources):
-    """The base is optional; asking for it then is an error with its remedy."""
-    experts = {name: sources[name] for name in INTERVALS}
-    save_ensemble(tmp_path, experts, base=None, encoders={})
-    assert "base" not in json.loads((tmp_path / "ensemble.json").read_text())
-    load_ensemble(tmp_path)
-    with pytest.raises(SnapshotError, match="no base model"):
-        load_base(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["base", "low", "middle", "high"])
-def test_every_damaged_file_is_refused_by_name(directory, name):
-    """One flipped bit in any weights file stops the load, and the message names the file."""
-    path = directory / f"{name}.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(SnapshotError, match=rf"{name}\.safetensors is damaged"):
-        load_ensemble(directory)
-
-
-def test_a_kill_while_assembling_leaves_no_complete_ensemble(directory, sources, monkeypatch):
-    """The record goes first and comes last, so an interrupted assembly cannot be loaded."""
-
-    def killed(*_arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ediffi.ensemble.shutil.copyfile", killed)
-    experts = {name: sources[name] for name in INTERVALS}
-    with pytest.raises(KeyboardInterrupt):
-        save_ensemble(directory, experts, base=None, encoders={})
-    with pytest.raises(SnapshotError, match=r"ensemble\.json is missing"):
-        load_ensemble(directory)
+def test_an_only_expert_has_all_the_weight():
+    """There is nobody to share with."""
+    ensemble = Ensemble({"all": (WHOLE, Constant(7.0))}, blend=Blend(kind="average", alpha=0.5))
+    assert answers(ensemble, [1.0, 50.0]) == [7.0, 8.0]
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda record: record["experts"].pop(1), "gap"),
-        (lambda record: record["experts"][0].pop("sha256"), "sha256"),
-        (lambda record: record["experts"][0].update(weights="../low.safetensors"), "weights"),
-        (lambda record: record["experts"][0].update(name="../low"), "name"),
-        (
-            lambda record: record["experts"][0].update(name="high", weights="high.safetensors"),
-            "distinct",
-        ),
-        (lambda record: record.pop("distribution"), "distribution"),
-        (lambda record: record.update(format=2), "format"),
-    ],
+    ("fields", "message"),
+    [({"kind": "mean"}, "kind must be one of route, average"), ({"alpha": 1.1}, r"\[0, 1\]")],
 )
-def test_an_unfit_record_is_refused_by_name(directory, edit, message):
-    """Missing fields, paths that leave the directory and gaps are errors that name the file."""
-    path = directory / "ensemble.json"
-    record = json.loads(path.read_text())
-    edit(record)
-    path.write_text(json.dumps(record))
-    with pytest.raises(SnapshotError, match=message) as raised:
-        read_ensemble_info(directory)
-    assert str(path) in str(raised.value)
+def test_a_blend_that_makes_no_sense_is_refused(fields, message):
+    """The message lists the choices."""
+    with pytest.raises(ValueError, match=message):
+        Blend(**fields)
 
 
-def test_assembly_refuses_experts_that_do_not_tile(tmp_path, sources):
-    """A missing middle is found before anything is written."""
-    experts = {name: sources[name] for name in ("low", "high")}
-    with pytest.raises(ValueError, match=r"gap .* between 'low' .* and 'high'"):
-        save_ensemble(tmp_path / "ensemble", experts, base=None, encoders={})
-    with pytest.raises(ValueError, match="at least one expert"):
-        save_ensemble(tmp_path / "ensemble", {}, base=sources["base"], encoders={})
-    assert not (tmp_path / "ensemble").exists()
+# -- stand-ins, and denoisers that are no modules -------------------------------------------------
 
 
-def test_assembly_refuses_experts_of_different_families(tmp_path, sources):
-    """All experts share one network, preconditioning and distribution; the odd one is named."""
-    snapshot, denoiser = load_snapshot(sources["high"])
-    other = Snapshot(
-        network=snapshot.network,
-        preconditioning=Preconditioning(sigma_data=1.0),
-        distribution=snapshot.distribution,
-        interval=snapshot.interval,
-        images_seen=snapshot.images_seen,
+def test_stand_ins_are_named_in_order_and_must_be_experts():
+    """They are told from the least to the most noisy; a name of nobody is refused."""
+    experts = {name: (interval, Constant(1.0)) for name, interval in INTERVALS.items()}
+    assert Ensemble(experts).stand_ins == ()
+    assert Ensemble(experts, stand_ins=["high", "low"]).stand_ins == ("low", "high")
+    with pytest.raises(ValueError, match="nobody"):
+        Ensemble(experts, stand_ins=["nobody"])
+
+
+def test_an_expert_may_be_any_denoiser():
+    """Functions are routed to like modules; only modules lend the ensemble their weights."""
+    own = random_denoiser(0)
+    ensemble = Ensemble(
+        {
+            "low": (NoiseInterval(0.0, 1.0), lambda x, sigma, conditioning: x + 1),
+            "high": (NoiseInterval(1.0, math.inf), own),
+        }
     )
-    save_snapshot(tmp_path / "other", other, denoiser.network.state_dict())
-    experts = {name: sources[name] for name in ("low", "middle")} | {"high": tmp_path / "other"}
-    with pytest.raises(ValueError, match="'low' and 'high' must have the same preconditioning"):
-        save_ensemble(tmp_path / "ensemble", experts, base=None, encoders={})
-
-
-@pytest.mark.parametrize("name", ["base", "../high", "", "a/b", ".hidden"])
-def test_assembly_refuses_names_that_cannot_name_a_file(tmp_path, sources, name):
-    """Names of experts become file names; "base" is the ancestor's."""
-    experts = {"low": sources["low"], "middle": sources["middle"], name: sources["high"]}
-    with pytest.raises(ValueError, match="name"):
-        save_ensemble(tmp_path / "ensemble", experts, base=None, encoders={})
-    assert not (tmp_path / "ensemble").exists()
-
-
-def test_assembly_refuses_a_damaged_snapshot(tmp_path, sources):
-    """A snapshot whose weights are not its record's stops the assembly."""
-    damaged = tmp_path / "high"
-    damaged.mkdir()
-    for path in sources["high"].iterdir():
-        (damaged / path.name).write_bytes(path.read_bytes())
-    (damaged / "model.safetensors").write_bytes(b"other bytes")
-    experts = {name: sources[name] for name in ("low", "middle")} | {"high": damaged}
-    with pytest.raises(SnapshotError, match=r"high/model\.safetensors is damaged"):
-        save_ensemble(tmp_path / "ensemble", experts, base=None, encoders={})
-    assert not (tmp_path / "ensemble").exists()
+    x_BCHW = torch.randn(2, 3, 8, 8)
+    found = ensemble(x_BCHW, torch.tensor([0.5, 2.0]), text(2))
+    assert torch.equal(found[0], x_BCHW[0] + 1)
+    pairs = itertools.zip_longest(ensemble.parameters(), own.parameters())
+    assert all(one is other for one, other in pairs)

@@ -1,4 +1,4 @@
-"""Noise embedding, attention and stream projections against closed forms.
+"""Noise embedding, attention blocks and stream projections against closed forms.
 
 Shapes: B batch, C channels, H W feature map, I queries, T tokens, D width, N heads.
 """
@@ -9,36 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from ediffi.attention import Context
 from ediffi.conditioning import Conditioning, Stream, StreamConfig, collate
 from ediffi.layers import (
     TOKEN_MULTIPLE,
-    Context,
     CrossAttention,
     ResidualBlock,
     SelfAttention,
     StreamProjections,
-    attention,
     fourier_features,
     group_norm,
     resample,
 )
 
-MASK_BT = torch.tensor([[True, False, True, True], [False, False, True, False]])
-
-
-def queries_keys_values(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q (2, 3, 5, 8) and k, v (2, 3, 4, 8)."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 3, 5, 8), (2, 3, 4, 8), (2, 3, 4, 8)]
-    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    return q, k, v
-
-
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask_BT: Tensor) -> Tensor:
-    """Masked attention by its definition: normalised exponentials over the real tokens."""
-    weights = torch.exp(torch.einsum("bnid,bntd->bnit", q, k) / math.sqrt(q.shape[-1]))
-    weights = weights * mask_BT[:, None, None]
-    return torch.einsum("bnit,bntd->bnid", weights / weights.sum(-1, keepdim=True), v)
+C_NOISE_B = torch.zeros(1)
 
 
 def test_fourier_features_tell_neighbouring_noise_levels_apart() -> None:
@@ -54,34 +38,6 @@ def test_fourier_features_tell_neighbouring_noise_levels_apart() -> None:
 def test_groups_never_hold_fewer_than_four_channels() -> None:
     """ADM's 32 groups for wide layers, four channels to a group for narrow ones."""
     assert [group_norm(width).num_groups for width in (1024, 128, 48, 4)] == [32, 32, 4, 1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_a_softmax_over_the_real_tokens(dtype: torch.dtype) -> None:
-    """Fused and explicit paths equal the definition, masked tokens left out."""
-    q, k, v = queries_keys_values(dtype)
-    expected = explicit_attention(q.float(), k.float(), v.float(), MASK_BT)
-    tolerance = 1e-6 if dtype == torch.float32 else 3e-2
-    found = attention(q, k, v, MASK_BT).float()
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-
-
-def test_a_score_hook_of_identity_changes_nothing() -> None:
-    """The path with a hook computes the same attention as the fused kernel."""
-    q, k, v = queries_keys_values()
-    hooked = attention(q, k, v, MASK_BT, score_hook=lambda scores_BNIT: scores_BNIT)
-    torch.testing.assert_close(hooked, attention(q, k, v, MASK_BT))
-
-
-def test_a_score_hook_steers_attention_but_cannot_revive_padding() -> None:
-    """Raising one token's score gives its value alone, unless the mask hides that token."""
-    q, k, v = queries_keys_values()
-    raised = torch.tensor([0.0, 0.0, 1e4, 0.0])
-    found = attention(q, k, v, MASK_BT, score_hook=lambda scores_BNIT: scores_BNIT + raised)
-    torch.testing.assert_close(found, v[:, :, 2:3].expand(-1, -1, 5, -1))
-    hidden = torch.tensor([0.0, 1e4, 0.0, 0.0])
-    found = attention(q, k, v, MASK_BT, score_hook=lambda scores_BNIT: scores_BNIT + hidden)
-    torch.testing.assert_close(found, attention(q, k, v, MASK_BT))
 
 
 def test_attention_blocks_treat_pixels_as_a_set() -> None:
@@ -104,7 +60,8 @@ def test_self_attention_equals_its_definition() -> None:
     layer = SelfAttention(8, head_width=8)
     x_BCHW = torch.randn(2, 8, 2, 3)
     q, k, v = (part.flatten(2).mT[:, None] for part in layer.qkv(layer.norm(x_BCHW)).chunk(3, 1))
-    attended = explicit_attention(q, k, v, torch.ones(2, 6))[:, 0].mT.unflatten(2, (2, 3))
+    weights = torch.softmax(torch.einsum("bnid,bntd->bnit", q, k) / math.sqrt(8), dim=-1)
+    attended = torch.einsum("bnit,bntd->bnid", weights, v)[:, 0].mT.unflatten(2, (2, 3))
     torch.testing.assert_close(layer(x_BCHW), x_BCHW + layer.out(attended))
 
 
@@ -147,17 +104,19 @@ def projections() -> tuple[StreamProjections, Conditioning]:
 def test_the_context_holds_streams_in_order_then_the_null_token() -> None:
     """Two T5 tokens, three CLIP text tokens, the CLIP image, the null token, masked padding."""
     streams, conditioning = projections()
-    context = streams.context(conditioning)
+    context = streams.context(conditioning, C_NOISE_B)
     assert context.tokens_BTD.shape == (1, TOKEN_MULTIPLE, 6)
     assert context.mask_BT.tolist() == [[True] * 7 + [False] * (TOKEN_MULTIPLE - 7)]
     assert torch.equal(context.tokens_BTD[0, 6], streams.null_token_D)
+    assert context.columns == (("t5", 2), ("clip_text", 3), ("clip_image", 1), ("null", 1))
+    assert context.painting is None
     assert [part.shape for part in streams.embed(conditioning)] == [(1, 7), (1, 7)]
 
 
 def test_the_null_token_is_never_masked() -> None:
     """With every stream dropped, attention still has the null token and the image constant."""
     streams, conditioning = projections()
-    mask_BT = streams.context(conditioning.null()).mask_BT
+    mask_BT = streams.context(conditioning.null(), C_NOISE_B).mask_BT
     assert mask_BT[0].nonzero().flatten().tolist() == [5, 6]
 
 
@@ -165,8 +124,8 @@ def test_embeddings_in_storage_precision_are_projected_in_the_networks() -> None
     """A bf16 cache enters a float32 network as its float32 values."""
     streams, conditioning = projections()
     stored = conditioning.to(dtype=torch.bfloat16)
-    expected = streams.context(stored.to(dtype=torch.float32)).tokens_BTD
-    assert torch.equal(streams.context(stored).tokens_BTD, expected)
+    expected = streams.context(stored.to(dtype=torch.float32), C_NOISE_B).tokens_BTD
+    assert torch.equal(streams.context(stored, C_NOISE_B).tokens_BTD, expected)
 
 
 def test_a_missing_stream_is_named() -> None:
@@ -174,7 +133,7 @@ def test_a_missing_stream_is_named() -> None:
     streams, conditioning = projections()
     del conditioning.streams["clip_text"]
     with pytest.raises(ValueError, match="t5, clip_text, clip_image; clip_text is missing"):
-        streams.context(conditioning)
+        streams.context(conditioning, C_NOISE_B)
 
 
 def test_a_stream_without_its_tensors_is_named() -> None:
@@ -182,4 +141,4 @@ def test_a_stream_without_its_tensors_is_named() -> None:
     streams, conditioning = projections()
     conditioning.streams["t5"] = Stream(pooled_BD=torch.zeros(1, 5))
     with pytest.raises(ValueError, match="stream t5 must have token width 5"):
-        streams.context(conditioning)
+        streams.context(conditioning, C_NOISE_B)

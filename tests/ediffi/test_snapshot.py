@@ -170,3 +170,18 @@ def test_loading_leaves_global_random_state_alone(tmp_path):
     torch.manual_seed(0)
     load_snapshot(tmp_path)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_loaded_weights_can_be_trained_and_are_the_loader_s_own(tmp_path):
+    """They see gradients, and writing over the file afterwards does not reach them."""
+    state = random_state()
+    save_snapshot(tmp_path, SNAPSHOT, state)
+    _, denoiser = load_snapshot(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-4096, 2)
+        file.write(bytes(4096))
+    loaded = denoiser.network.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    denoiser(torch.randn(1, 3, 8, 8), torch.tensor([1.0]), Conditioning({}, 1)).sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in denoiser.parameters())

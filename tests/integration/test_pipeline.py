@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import load
 
 import ediffi
-from ediffi.ensemble import read_ensemble_info
+from ediffi.ensemble_file import read_ensemble_info
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STAGES = (
     *("ingest", "clip_fit", "embed/t5", "embed/clip_text", "embed/clip_image"),
-    *("base", "experts", "assemble", "sample", "evaluate"),
+    *("base", "experts", "assemble", "sample", "evaluate", "report"),
 )
 
 
@@ -98,8 +98,8 @@ def test_the_ensemble_draws_on_its_own(undisturbed: Any, tmp_path: Path) -> None
     try:
         generator = ediffi.load(copy)
         prompts = ["a red circle on the left", "a blue ring at the top"]
-        both = generator.generate(prompts, seeds=[3, 4])
-        alone = generator.generate(prompts[1:], seeds=[4])
+        both = generator.draw(prompts, seeds=[3, 4])
+        alone = generator.draw(prompts[1:], seeds=[4])
     finally:
         copy.rename(undisturbed["ensemble"])
     assert both.shape == (2, 3, 16, 16)
@@ -120,10 +120,12 @@ def test_pictures_and_report_lie_in_the_store(undisturbed: Any) -> None:
     paths = {row["name"]: Path(row["path"]) for row in undisturbed["stages"]}
     with Image.open(paths["sample"] / "grid.png") as grid:
         assert grid.width > 2 * 2 * 96  # two models, two seeds, enlarged pictures
-    report = json.loads((paths["evaluate"] / "report.json").read_text())
+    report = json.loads((paths["report"] / "report.json").read_text())
     assert len(report["loss"]["base"]) == len(report["loss"]["ensemble"]) == 4
     assert report["alignment"]["real"]["score"] == 1
     assert report["distance"]["ensemble"]["frechet"] > report["distance"]["train"]["frechet"]
+    page = (paths["report"] / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3  # grid, drawings, losses
 
 
 def test_mlflow_mirrors_the_run(undisturbed: Any) -> None:
@@ -145,9 +147,14 @@ def test_mlflow_mirrors_the_run(undisturbed: Any) -> None:
     digests = {one.dataset.name: one.dataset.digest for one in runs["base"].inputs.dataset_inputs}
     rows = {row["name"]: row for row in undisturbed["stages"]}
     assert digests["ingest"] == rows["ingest"]["fingerprint"]
-    files = {name: client.list_artifacts(runs[name].info.run_id) for name in ("sample", "evaluate")}
+    files = {
+        name: client.list_artifacts(runs[name].info.run_id)
+        for name in ("sample", "evaluate", "report")
+    }
     assert [one.path for one in files["sample"]] == ["grid.png"]
     assert "loss_by_sigma.png" in [one.path for one in files["evaluate"]]
+    assert [one.path for one in files["report"]] == ["report.html", "report.json"]
+    assert "ensemble/text_alignment" in runs["report"].data.metrics
     assert [one.path for one in client.list_artifacts(runs["base"].info.run_id, "curves")]
     assert runs["ingest"].data.metrics["rejects/http_404"] == 1
 
@@ -155,7 +162,7 @@ def test_mlflow_mirrors_the_run(undisturbed: Any) -> None:
 def test_changed_experts_rerun_only_what_follows(project: Any, undisturbed: Any) -> None:
     """New expert settings leave all up to the base cached, linked to the run that made it."""
     result = project.run("store", "--set=experts.train.lr=2e-4")
-    after = ("experts", "assemble", "sample", "evaluate")
+    after = ("experts", "assemble", "sample", "evaluate", "report")
     assert states(result) == {name: "ran" if name in after else "cached" for name in STAGES}
     client = MlflowClient(tracking_uri=f"sqlite:///{Path(result['store']) / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("tiny")

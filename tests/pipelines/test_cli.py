@@ -113,8 +113,8 @@ def test_the_store_may_stand_before_or_after_the_command() -> None:
 def test_commands_of_the_command_line() -> None:
     """The surface that scripts depend on: a new or a lost command is a decision."""
     assert list(COMMANDS) == [
-        *("demo", "plan", "run", "embed", "status", "sample", "compare", "ema", "cache"),
-        *("encoders", "doctor"),
+        *("demo", "plan", "network", "run", "embed", "status", "sample", "compare", "ema"),
+        *("cache", "encoders", "doctor"),
     ]
     assert list(CACHE_ACTIONS) == ["ls", "verify", "repair", "retry", "gc", "diff"]
 

@@ -258,6 +258,16 @@ def test_manifests_come_newest_first_and_by_name(ledger: Ledger) -> None:
     assert [one.stage for one in ledger.manifests("embed/t5")] == ["embed/t5"]
 
 
+def test_a_kind_of_stages_may_have_a_folder_for_each_model(ledger: Ledger) -> None:
+    """Super-resolution models and their experts are found beside the caches."""
+    names = {"embed/t5", "super_resolution/sr256", "super_resolution_experts/sr256"}
+    for name in names:
+        record = ledger.stage(name, "f0")
+        record.open({}, {})
+        record.complete(name, {}, {}, {}, [], "run-1")
+    assert {one.stage for one in ledger.manifests()} == names
+
+
 def test_a_run_is_found_by_the_beginning_of_its_id(ledger: Ledger) -> None:
     """As long as only one run begins so; otherwise the newest runs are listed."""
     write_run(ledger, "demo-1-aa", started="2026-01-01")

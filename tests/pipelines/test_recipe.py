@@ -9,10 +9,9 @@ import pytest
 
 from ediffi.clip_fit import ClipFitConfig
 from ediffi.encoding.encoder_weights import EncoderConfig
-from ediffi.generator import SamplingConfig
 from ediffi.noise import check_tiling
 from pipelines.errors import UserError
-from pipelines.recipe import STAGES, ClipFit, Encoder, Recipe, Resources, Sampling
+from pipelines.recipe import STAGES, ClipFit, Encoder, Recipe, Resources
 from pipelines.recipe_file import load_recipe
 from pipelines.stages import build_stages
 
@@ -80,7 +79,7 @@ def test_misspelt_field_in_a_list_is_answered_with_the_likely_one() -> None:
         ("base.lr=-1", "base: train.lr must be positive and finite, got -1.0"),
         ("base=3", "base: Input should be a dictionary"),
         ("experts=paper", "experts: Input should be a valid dictionary"),
-        ("experts.split=papr", "experts.split: Input should be 'paper', got 'papr'"),
+        ("experts.split=papr", "experts.split: Input should be 'paper' or 'halves', got 'papr'"),
         ("encoders={}", "encoders: Dictionary should have at least 1 item"),
         ("encoders.T5={}", "encoders.T5"),
         ("name=Has Spaces", "name: String should match pattern"),
@@ -208,13 +207,6 @@ def test_encoder_section_mirrors_the_library() -> None:
     assert theirs.keys() <= ours.keys()
     optional = theirs.keys() - {"family", "weights"}
     assert {name: ours[name] for name in optional} == {name: theirs[name] for name in optional}
-
-
-def test_sampling_section_covers_the_library() -> None:
-    """Every field of the library's config can be said, with equal defaults."""
-    ours = {name: field.default for name, field in Sampling.model_fields.items()}
-    theirs = {field.name: field.default for field in fields(SamplingConfig)}
-    assert {name: ours.get(name) for name in theirs} == theirs
 
 
 def test_clip_fit_section_names_only_what_the_library_knows() -> None:

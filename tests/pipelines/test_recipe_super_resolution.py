@@ -1,5 +1,6 @@
 """Tests of pipelines.recipe_super_resolution: what the section may say, and the sizes it needs."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from ediffi.degradation import DegradationConfig
 from pipelines.errors import UserError
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
+from pipelines.recipe_super_resolution import by_size, check_cascade
+from pipelines.stage import Stage
 from pipelines.stages import build_stages
 
 MODEL = """{sr32: {
@@ -16,12 +19,20 @@ MODEL = """{sr32: {
               context_width: 64, embedding_width: 128},
     train: {total_images: 64, batch_images: 8, ema_half_life_images: 8, checkpoint_images: 32,
             log_images: 32}}}"""
-STORED = "data.image_px=32"
+SIZES = ("data.image_px=32", "network.image_px=16")
+TRAIN = """{total_images: 32, batch_images: 8, ema_half_life_images: 8, checkpoint_images: 32,
+            log_images: 32}"""
+EXPERTS = f"super_resolution.sr32.experts={{train: {TRAIN}}}"
 
 
 def recipe(*overrides: str) -> Recipe:
-    """The demo with pictures stored at 32 px and one super-resolution model."""
-    return load_recipe("demo", (STORED, f"super_resolution={MODEL}", *overrides))
+    """The demo, its base at 16 px, with one super-resolution model to 32 px."""
+    return load_recipe("demo", (*SIZES, f"super_resolution={MODEL}", *overrides))
+
+
+def stage_of(made: Recipe, name: str = "super_resolution/sr32") -> Stage:
+    """One stage of the recipe."""
+    return next(stage for stage in build_stages(made) if stage.name == name)
 
 
 def refusal(*overrides: str) -> str:
@@ -33,9 +44,8 @@ def refusal(*overrides: str) -> str:
 
 def test_a_model_is_a_stage_of_its_own() -> None:
     """It needs pictures and embeddings only, and takes the resources of its kind."""
-    made = recipe("network.image_px=16", "resources.super_resolution={gpus: 1}")
-    stage = build_stages(made)[-1]
-    assert stage.name == "super_resolution/sr32"
+    made = recipe("resources.super_resolution={gpus: 1}")
+    stage = stage_of(made)
     assert set(stage.needs) == {"ingest", "embed/t5", "embed/clip_text", "embed/clip_image"}
     assert made.resources_of(stage.name).gpus == 1
     assert made.super_resolution["sr32"].factor == 2
@@ -44,13 +54,13 @@ def test_a_model_is_a_stage_of_its_own() -> None:
 
 def test_the_base_may_see_smaller_pictures_than_are_stored() -> None:
     """`network.image_px` is the base's size; without it, it is what is stored."""
-    assert recipe("network.image_px=16").base_px == 16
-    assert recipe().base_px == 32
+    assert recipe().base_px == 16
+    assert load_recipe("demo", SIZES[:1]).base_px == 32
 
 
 def test_a_network_that_names_no_size_is_written_as_before() -> None:
     """So that it keeps its fingerprint; a size that is named is written and read back."""
-    plain, sized = recipe().network, recipe("network.image_px=16").network
+    plain, sized = load_recipe("demo").network, recipe().network
     assert "image_px" not in plain.model_dump(mode="json")
     assert sized.model_dump(mode="json")["image_px"] == 16
     assert type(sized).model_validate(sized.model_dump(mode="json")) == sized
@@ -61,8 +71,11 @@ def test_the_network_becomes_the_librarys_own_config() -> None:
     from ediffi.conditioning import StreamConfig
 
     streams = (StreamConfig(name="t5", token_width=4),)
-    config = recipe("network.image_px=16").network.config(16, streams)
+    config = recipe().network.config(16, streams)
     assert (config.image_px, config.widths, config.streams) == (16, (48, 64), streams)
+    enlarging = recipe().super_resolution["sr32"].network_config(streams)
+    assert (enlarging.image_px, enlarging.low_res_factor) == (32, 2)
+    assert (enlarging.widths, enlarging.streams) == ((32, 64), streams)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +139,10 @@ def test_whatever_decides_the_outcome_is_in_the_identity(change: str) -> None:
     """Any such change gives the stage another identity; how often it writes does not."""
     name, cross = "super_resolution.sr32", {"image_px=64": "16", "patch_px=16": "4"}.get(change)
     more = (f"{name}.network.cross_attention_px=[{cross}]",) if cross else ()
+    more += ("network.image_px=8",) if change == "low_res_px=8" else ()
 
     def identity(*overrides: str) -> Any:
-        return build_stages(recipe("data.image_px=64", *overrides))[-1].identity()
+        return stage_of(recipe("data.image_px=64", *overrides)).identity()
 
     assert identity(f"{name}.{change}", *more) != identity()
     assert identity(f"{name}.train.log_images=8") == identity()
@@ -149,5 +163,113 @@ def test_the_cascades_base_is_that_of_the_64_px_recipe() -> None:
     """ediffi-1024px differs from ediffi-64px in its pictures and its enlarging models alone."""
     small, cascade = (load_recipe(name) for name in ("ediffi-64px", "ediffi-1024px"))
     assert cascade.base_px == small.base_px
-    for section in ("noise", "base", "experts", "sample", "evaluate", "encoders"):
+    for section in ("noise", "base", "experts", "evaluate", "encoders"):
         assert getattr(cascade, section) == getattr(small, section), section
+    for field in type(small.sample).model_fields.keys() - {"enlarging"}:
+        assert getattr(cascade.sample, field) == getattr(small.sample, field), field
+
+
+def test_shipped_recipes_draw_as_the_paper() -> None:
+    """DEIS: 25 steps of exponent 6 for the base, 10 of exponent 3 for what enlarges."""
+    sample = load_recipe("ediffi-1024px").sample
+    assert (sample.sampler, sample.num_steps, sample.rho) == ("deis", 25, 6)
+    larger = sample.enlarging
+    assert (larger.sampler, larger.num_steps, larger.rho) == ("deis", 10, 3)
+
+
+# -- experts of a super-resolution model ----------------------------------------------------------
+
+
+def test_shipped_experts_are_the_papers() -> None:
+    """SR256 has two, which meet at the median; SR1024 has none."""
+    cascade = load_recipe("ediffi-1024px")
+    models, distribution = cascade.super_resolution, cascade.noise.distribution
+    experts = models["sr256"].experts
+    assert experts is not None
+    median = math.exp(cascade.noise.log_mean)
+    intervals = experts.intervals(distribution)
+    assert list(intervals) == ["low", "high"]
+    assert intervals["low"].sigma_max == intervals["high"].sigma_min == pytest.approx(median)
+    assert models["sr1024"].experts is None
+
+
+def test_experts_are_a_stage_after_their_model_and_before_assembling() -> None:
+    """With resources of their own; without the section there is no such stage."""
+    made = recipe(EXPERTS, "resources.super_resolution_experts={num_workers: 4}")
+    names = [stage.name for stage in build_stages(made)]
+    order = ["super_resolution/sr32", "super_resolution_experts/sr32", "assemble"]
+    assert [name for name in names if name in order] == order
+    stage = stage_of(made, "super_resolution_experts/sr32")
+    assert stage.needs[0] == "super_resolution/sr32"
+    assert made.resources_of(stage.name).num_workers == 4
+    assert order[1] not in [stage.name for stage in build_stages(recipe())]
+
+
+def test_experts_leave_the_fingerprint_of_their_model_alone() -> None:
+    """Unless they carry on more of it than its averaged weights."""
+    plain, start = stage_of(recipe()).identity(), "super_resolution.sr32.experts.start_weights"
+    assert stage_of(recipe(EXPERTS)).identity() == plain
+    assert stage_of(recipe(EXPERTS, f"{start}=raw")).identity() == {**plain, "keeps_state": True}
+
+
+@pytest.mark.parametrize(
+    "change", ["split=paper", "start_optimizer=inherit", "growth=levels", "train.lr=0.5"]
+)
+def test_what_decides_the_experts_is_in_their_identity(change: str) -> None:
+    """The same settings as of the base's experts; growth counts where a node lies above."""
+    name, own = "super_resolution_experts/sr32", "super_resolution.sr32.experts"
+    quarters = "[{name: a, quantiles: [0, 0.25]}, {name: b, quantiles: [0.25, 1]}]"
+    split = (f"{own}.split={quarters}",) if "growth" in change else ()
+    plain = stage_of(recipe(EXPERTS, *split), name).identity()
+    assert stage_of(recipe(EXPERTS, *split, f"{own}.{change}"), name).identity() != plain
+    assert stage_of(recipe(EXPERTS, *split, f"{own}.train.log_images=8"), name).identity() == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        (
+            "experts.split=[{name: a, quantiles: [0, 0.4]}, {name: b, quantiles: [0.5, 1]}]",
+            "super_resolution.sr32: the experts do not tile [0, inf): gap",
+        ),
+        (
+            "experts.split=[{name: a, quantils: [0, 1]}]",
+            "super_resolution.sr32.experts.split.0.quantils: unknown field; did you mean",
+        ),
+        ("low_res_px=8", "super_resolution.sr32.low_res_px must be 16, the size of what the base"),
+        ("experts.train.batch_images=9", "batch_images must be a multiple of the 2 ranks"),
+        (
+            "experts.train.ema_profile=power",
+            "super_resolution.sr32: experts.start_ema 'inherit' of low, low needs ema_profile "
+            "'power' of its parent sr32 too, got 'half_life'",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_trained_are_refused(override: str, answer: str) -> None:
+    """Before anything starts, and with the name of their model."""
+    more = ["resources.super_resolution_experts={num_workers: 2}"]
+    more += ["super_resolution.sr32.experts.start_ema=inherit"] if "ema" in override else []
+    assert answer in refusal(EXPERTS, f"super_resolution.sr32.{override}", *more)
+
+
+def test_experts_take_the_seed_of_the_recipe() -> None:
+    """As every training run that names none of its own."""
+    experts = recipe(EXPERTS, "seed=7").super_resolution["sr32"].experts
+    assert experts is not None
+    assert experts.train.seed == 7
+    own = recipe(EXPERTS, "seed=7", "super_resolution.sr32.experts.train.seed=3")
+    experts = own.super_resolution["sr32"].experts
+    assert experts is not None
+    assert experts.train.seed == 3
+
+
+def test_models_must_chain_from_the_base() -> None:
+    """Each enlarges what the one before draws, whatever their order in the recipe."""
+    models = load_recipe("ediffi-1024px").super_resolution
+    backwards = dict(reversed(models.items()))
+    assert list(by_size(backwards)) == ["sr256", "sr1024"]
+    check_cascade(backwards, 64)
+    with pytest.raises(ValueError, match=r"sr256.low_res_px must be 32, .* the base draws, got 64"):
+        check_cascade(backwards, 32)
+    with pytest.raises(ValueError, match=r"sr1024.low_res_px must be 64, .* the base draws"):
+        check_cascade({"sr1024": models["sr1024"]}, 64)

@@ -51,6 +51,17 @@ def test_the_papers_experts_grow_level_by_level() -> None:
     assert runs(recipe, "low")[0].interval == NoiseInterval(0.0, distribution.quantile(0.5))
 
 
+def test_halves_meet_at_the_median() -> None:
+    """The split of the paper's SR256: two slices of equal probability, E^1_0 and E^1_1."""
+    recipe = load_recipe("demo", ["experts.split=halves", "experts.growth=levels"])
+    distribution = recipe.noise.distribution
+    intervals = recipe.experts.intervals(distribution)
+    assert list(intervals) == ["low", "high"]
+    assert intervals["low"].sigma_max == math.exp(recipe.noise.log_mean)
+    assert [one.mass(distribution) for one in intervals.values()] == pytest.approx([0.5, 0.5])
+    assert [run.name for run in runs(recipe, "high")] == ["high"]  # the base is above it
+
+
 def test_every_run_of_a_chain_has_a_seed_of_its_own() -> None:
     """They depend on the seed and the node alone; the expert keeps the seed it always had."""
     recipe = load_recipe("demo", ["experts.split=paper", "experts.growth=levels"])
@@ -139,6 +150,7 @@ def test_the_parents_state_is_kept_only_for_what_needs_it(setting: str, needs: b
         ),
         ("experts.split=" + HALVES % "trains_on: {}", "a range of noise: give either"),
         ("experts.level={total_images: 5}", "experts.level counts only with growth 'levels'"),
+        ("experts.split=thirds", "experts.split"),
         ("experts.growth=level", "experts.growth: Input should be 'direct' or 'levels'"),
         ("experts.start_ema=inherits", "experts.start_ema: Input should be 'restart' or 'inherit'"),
     ],

@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
@@ -22,23 +20,23 @@ FIGURES = {"ensemble/text_alignment": 0.9, "base/text_alignment": 0.5, "base/los
 def planned(
     ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
 ) -> dict[str, PlannedStage]:
-    """Three stages in the store: one with files, one named with a slash, and an evaluation."""
+    """Three stages in the store: one with files, one named with a slash, and a report."""
     use_stages(
         FakeStage(name="ingest"),
         FakeStage(name="embed/t5", needs=("ingest",)),
-        FakeStage(name="evaluate", needs=("ingest",)),
+        FakeStage(name="report", needs=("ingest",)),
     )
     planned = {one.name: one for one in plan(demo_recipe, ledger)}
     finish(planned["ingest"], {"a": {"a.tar": "aaaa"}, "b": {"b.tar": "bb"}})
     finish(planned["embed/t5"])
-    evaluate = planned["evaluate"]
-    record, inputs = evaluate.record, evaluate.inputs
-    identity = describe(evaluate.stage, inputs)
+    report = planned["report"]
+    record, inputs = report.record, report.inputs
+    identity = describe(report.stage, inputs)
     contents = {"ingest": planned["ingest"].record.manifest().contents}
     record.open(identity, contents)
     outcome = Outcome(facts={"metrics": FIGURES})
     record.publish(Unit(id="report"), outcome, ledger.new_scratch(), seconds=1, attempt=1)
-    record.complete("evaluate", identity, inputs, contents, ["report"], "run-1")
+    record.complete("report", identity, inputs, contents, ["report"], "run-1")
     return planned
 
 
@@ -75,15 +73,16 @@ def test_run_tells_people_what_came_out(
     planned: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stages, the figures of the evaluation, and where MLflow is, without its password."""
+    """Stages, the figures of the report, and where MLflow is, without its password."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
-    _, out, _ = ediffi("run", "demo", "ingest", "evaluate")
+    _, out, _ = ediffi("run", "demo", "ingest", "report")
     assert [line.split()[:2] for line in out.splitlines()[:2]] == [
         ["ingest", "cached"],
-        ["evaluate", "cached"],
+        ["report", "cached"],
     ]
     assert "text alignment     base 0.500, ensemble 0.900" in out
     assert "held-out loss      base 0.250" in out
+    assert f"report             {planned['report'].record.directory / 'report.html'}" in out
     assert "MLflow             http://me:***@host:5000" in out
 
 
@@ -120,7 +119,7 @@ def test_status_tells_the_newest_run(
     assert [line.split() for line in lines[1:4]] == [
         ["ingest", "complete"],
         ["embed/t5", "complete"],
-        ["evaluate", "complete"],
+        ["report", "complete"],
     ]
     assert lines[-1] == "stage ingest: it broke"
     assert json.loads(ediffi("status", "demo-1", "--json")[1])["run_id"] == "demo-1"
@@ -135,8 +134,8 @@ def test_status_sees_that_the_driver_is_gone(ediffi: Callable[..., tuple], ledge
 def test_compare_shows_what_differs_and_what_came_of_it(
     ediffi: Callable[..., tuple], ledger: Ledger, planned: dict[str, PlannedStage]
 ) -> None:
-    """Equal settings are left out; a run without an evaluation has no figures."""
-    stages = rows(planned["evaluate"])
+    """Equal settings are left out; a run without a report has no figures."""
+    stages = rows(planned["report"])
     write_run(ledger, "run-a", resolved={"lr": 1, "px": 16}, stages=stages, seconds=5.0)
     write_run(ledger, "run-b", resolved={"lr": 2, "px": 16, "new": True}, seconds=6.0)
     code, out, _ = ediffi("compare", "run-a", "run-b", "--json")
@@ -151,38 +150,6 @@ def test_compare_shows_what_differs_and_what_came_of_it(
     assert table["lr"] == ["1", "2"]
     assert table["base/loss"] == ["0.2500", "None"]
     assert "px" not in table
-
-
-def test_sample_refuses_what_is_no_ensemble(ediffi: Callable[..., tuple], tmp_path: Path) -> None:
-    """A wrong directory is the user's error: a message, no traceback, no pictures."""
-    out = tmp_path / "out"
-    code, _, err = ediffi("sample", str(tmp_path), "--prompt", "a dot", "--out", str(out))
-    assert code == 2
-    assert str(tmp_path) in err
-    assert not out.exists()
-
-
-def test_sample_draws_every_prompt_with_every_seed(
-    ediffi: Callable[..., tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each picture is named by prompt and seed, and its path printed."""
-    import torch
-    from PIL import Image
-
-    drawn = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    generator = Mock(generate=Mock(return_value=drawn))
-    monkeypatch.setattr("ediffi.load", lambda path, device: generator)
-    words = ["--prompt", "one", "--prompt", "two", "--seed", "5", "--seed", "6", "--use", "base"]
-    code, out, _ = ediffi("sample", "model", *words, "--out", str(tmp_path), "--steps", "3")
-    names = ["000-seed5.png", "000-seed6.png", "001-seed5.png", "001-seed6.png"]
-    assert (code, [Path(line).name for line in out.splitlines()]) == (0, names)
-    for index, name in enumerate(names):
-        with Image.open(tmp_path / name) as picture:
-            assert picture.getpixel((0, 0)) == (index, index, index)
-    (prompts,), options = generator.generate.call_args
-    assert prompts == ["one", "one", "two", "two"]
-    assert (options["seeds"], options["model"]) == ([5, 6, 5, 6], "base")
-    assert options["config"].num_steps == 3
 
 
 def test_encoders_need_something_to_fit(ediffi: Callable[..., tuple]) -> None:

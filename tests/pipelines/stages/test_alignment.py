@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ediffi import encoders, metrics
+from ediffi import encoders, features
 from ediffi.encoding.encoder_weights import EncoderConfig
 from pipelines.demo.shapes import combinations_of, draw
 from pipelines.stages.alignment import AlignmentScores, clip_alignment, shapes_alignment
@@ -40,7 +40,7 @@ def test_clip_judge_is_the_cosine_and_knows_its_chance(monkeypatch: pytest.Monke
             return torch.tensor([[3.0, 0.0], [1.0, 1.0]])
 
     monkeypatch.setattr(encoders, "load_encoder", lambda config, device: TextEncoder())
-    monkeypatch.setattr(metrics, "ClipFeatures", Pictures)
+    monkeypatch.setattr(features, "ClipFeatures", Pictures)
     align = clip_alignment(
         EncoderConfig(family="open_clip_text", weights="w"),
         EncoderConfig(family="open_clip_image", weights="w"),

@@ -33,7 +33,12 @@ def job(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return asked
 
     monkeypatch.setattr(train_super_resolution, "train_job", note)
-    monkeypatch.setattr(train_super_resolution, "train_unit", lambda job, workspace: Outcome())
+
+    def train_unit(job: object, workspace: object, *, keeps_state: bool) -> Outcome:
+        asked["keeps_state"] = keeps_state
+        return Outcome()
+
+    monkeypatch.setattr(train_super_resolution, "train_unit", train_unit)
     monkeypatch.setattr(train_super_resolution, "stream_configs", lambda *_: STREAMS)
     return asked
 
@@ -56,3 +61,15 @@ def test_a_unit_trains_what_the_recipe_says(
     assert job["config"] is recipe.super_resolution[name].train
     assert job["snapshot_path"] == tmp_path / "scratch" / name
     assert job["durable"] == tmp_path / "durable"
+    assert job["keeps_state"] is False
+
+
+def test_the_state_is_kept_for_experts_that_need_it(job: dict[str, Any], tmp_path: Path) -> None:
+    """Those that start from raw weights or go on with the moments."""
+    recipe = load_recipe(
+        "ediffi-1024px", ["super_resolution.sr256.experts.start_optimizer=inherit"]
+    )
+    stage = TrainSuperResolution(recipe=recipe, model="sr256", embeds=("embed/t5",))
+    (unit,) = stage.plan({})
+    stage.run(unit, Workspace(tmp_path))  # type: ignore[arg-type]
+    assert job["keeps_state"] is True
