@@ -27,6 +27,11 @@ def test_the_allocator_that_is_named_is_used() -> None:
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
+def test_the_allocator_gives_memory_back() -> None:
+    """Told to keep what it has, it grows without bound: ragged batches never fit what is free."""
+    assert "MALLOC_CONF" not in training_environment(Resources())
+
+
 def test_workers_with_gpus_are_left_alone() -> None:
     """There the CPU has little to do, and pinned memory goes another way."""
     assert training_environment(Resources(gpus=1)) == {}
