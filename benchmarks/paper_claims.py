@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.claims.control import Painting, Style
-from benchmarks.claims.drawing import SAMPLING, Model, Part, Results
+from benchmarks.claims.drawing import Model, Part
 from benchmarks.claims.ensembles import Experts, Routing, Text
+from benchmarks.claims.gallery import write_pictures
 from benchmarks.claims.models import SEEDS, make_models
-from benchmarks.claims.study import Claim, Comparison, Study
+from benchmarks.claims.results import SAMPLING, Results
+from benchmarks.claims.study import Claim, Comparison, Study, finish
 from benchmarks.interleave import our_versions, row, write_rows
 from benchmarks.peers import ROOT
 from benchmarks.report import Row
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--claims", nargs="+", choices=[*CLAIMS, "time"], default=[*CLAIMS, "time"])
     parser.add_argument("--quick", action="store_true", help="one training seed")
     parser.add_argument("--runs", type=int, default=5, help="timed runs")
+    parser.add_argument("--pictures", type=Path, help="write pictures of the drawings here")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args(arguments)
     if not (options.emoji / "emoji.parquet").exists():
@@ -50,13 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = make_models(options.emoji, FOLDER, SEEDS[:1] if options.quick else SEEDS)
     study = Study(models, FOLDER, options.emoji, Results(FOLDER / "results"))
     claims = [CLAIMS[name](study) for name in options.claims if name in CLAIMS]
-    study.results.make([job for claim in claims for job in claim.jobs()], tell)
+    if claims:
+        finish(claims, study.results, tell)
     answers = [claim.answer() for claim in claims]
     rows = [_row(one) for answer in answers for one in answer.comparisons]
     if "time" in options.claims:
         rows.append(_row(_sampling_time(study, options.runs)))
     text = "\n".join(table.markdown() for answer in answers for table in answer.tables)
     print(text, file=sys.stderr)
+    if options.pictures:
+        write_pictures(study, options.pictures)
     if options.json:
         options.json.with_suffix(".md").write_text(text)
     write_rows(rows, options.json)

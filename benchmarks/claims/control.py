@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from benchmarks.claims.data import STYLES, colour_of, is_styled, read_emoji, read_list
-from benchmarks.claims.drawing import HALVES, Drawing, Job, Model, half_mask, held_out
+from benchmarks.claims.drawing import HALVES, Drawing, Model, half_mask, held_out
 from benchmarks.claims.judges import (
     PICTURE_PX,
     Floats,
@@ -22,6 +22,7 @@ from benchmarks.claims.judges import (
     read_pictures,
     told,
 )
+from benchmarks.claims.results import Job
 from benchmarks.claims.study import Answer, Claim, Comparison, Table
 from pipelines.stages.evaluation.classifier import Classifier, fit_classifier
 
@@ -34,8 +35,9 @@ MIN_PIXELS = 6  # of the phrase's colour, below which a picture does not show it
 class Style(Claim):
     """The CLIP embedding of a picture sets the drawing style; the caption does not name one."""
 
-    def _drawings(self, *, styled: bool) -> list[Drawing]:
-        prompts, _, references = zip(*self._cases, strict=True)
+    def drawn(self, *, styled: bool) -> list[Drawing]:
+        """One a training seed, with reference pictures or without."""
+        prompts, _, references = zip(*self.cases, strict=True)
         styles = tuple(str(self.study.emoji / one) for one in references) if styled else ()
         return [
             Drawing(model=Model(ensemble=str(one)), prompts=prompts, styles=styles)
@@ -43,7 +45,7 @@ class Style(Claim):
         ]
 
     @cached_property
-    def _cases(self) -> list[tuple[str, str, str]]:
+    def cases(self) -> list[tuple[str, str, str]]:
         """(caption without style, style, reference picture of another emoji), all held out."""
         chance = random.Random(0)
         captions = sorted(
@@ -60,19 +62,22 @@ class Style(Claim):
             cases.append((caption, style, chance.choice(others)["url"]))
         return cases
 
-    def jobs(self) -> list[Job]:
-        return [*self._drawings(styled=True), *self._drawings(styled=False)]
+    def drawings(self) -> list[Drawing]:
+        return [*self.drawn(styled=True), *self.drawn(styled=False)]
+
+    def judgements(self) -> list[Job]:
+        return []
 
     def answer(self) -> Answer:
         train = [row for row in read_emoji(self.study.emoji) if row["split"] == "train"]
         pictures = read_pictures(self.study.emoji, train)
         judge = fit_classifier(features(pictures), [row["style"] for row in train])
-        wanted = [style for _, style, _ in self._cases]
+        wanted = [style for _, style, _ in self.cases]
         on_real = _agrees(judge, self.study.real, [row["style"] for row in self.study.real_rows])
         with_reference, without = (
             [
                 _agrees(judge, self.study.features_of(one), wanted)
-                for one in self._drawings(styled=styled)
+                for one in self.drawn(styled=styled)
             ]
             for styled in (True, False)
         )
@@ -118,7 +123,7 @@ class Painting(Claim):
     """Painting says where a phrase is."""
 
     @cached_property
-    def _cases(self) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+    def cases(self) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
         """(caption, its two phrases each with its half); combinations that training never saw."""
         rows = read_list(self.study.folder / "pairs" / "list.parquet")
         captions = sorted({row["caption"] for row in rows if row["split"] == "test"})
@@ -131,8 +136,9 @@ class Painting(Claim):
             cases.append((caption, ((one, halves[0]), (other, halves[1]))))
         return cases
 
-    def _drawing(self, strength: float) -> Drawing:
-        prompts, paintings = zip(*self._cases, strict=True)
+    def drawing(self, strength: float) -> Drawing:
+        """All cases, painted that strongly."""
+        prompts, paintings = zip(*self.cases, strict=True)
         return Drawing(
             model=Model(ensemble=str(self.study.models.pairs), part="base"),
             prompts=prompts,
@@ -140,8 +146,11 @@ class Painting(Claim):
             strength=strength,
         )
 
-    def jobs(self) -> list[Job]:
-        return [self._drawing(strength) for strength in STRENGTHS]
+    def drawings(self) -> list[Drawing]:
+        return [self.drawing(strength) for strength in STRENGTHS]
+
+    def judgements(self) -> list[Job]:
+        return []
 
     def answer(self) -> Answer:
         inside = {strength: self._inside(strength) for strength in STRENGTHS}
@@ -170,10 +179,10 @@ class Painting(Claim):
 
     def _inside(self, strength: float) -> Floats:
         """Of each phrase of each picture; NaN where its colour is not to be seen: (2 N,)."""
-        pictures = self.study.results[self._drawing(strength)]
+        pictures = self.study.results[self.drawing(strength)]
         shares = []
         for which in (0, 1):
-            phrases = [phrases[which] for _, phrases in self._cases]
+            phrases = [phrases[which] for _, phrases in self.cases]
             masks_BHW = colour_masks(pictures, [colour_of(text) for text, _ in phrases])
             for mask_HW, (_, half) in zip(masks_BHW, phrases, strict=True):
                 num = int(mask_HW.sum())

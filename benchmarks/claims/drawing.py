@@ -1,39 +1,32 @@
-"""What the models of the claims draw and lose: jobs in processes of their own, kept in files.
+"""What the models of the claims draw and lose, as jobs.
 
 Shape legend: B batch, C channels, H W pixels, K noise bins, N pictures.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from ediffi.painting import Painting, Phrase
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ediffi
 from benchmarks.claims.data import LIST_NAME, Row, read_list
 from benchmarks.claims.judges import PICTURE_PX, read_pictures
+from benchmarks.claims.results import SAMPLING, Results
 from ediffi.ensemble import Blend
 from ediffi.generator import Generator
 from ediffi.loss import denoising_loss, paired_draws
 from ediffi.noise import NoiseInterval
-from ediffi.sampling import SamplingConfig
+from ediffi.painting import Painting, Phrase
 
-SAMPLING = SamplingConfig(sampler="dpm++2m", num_steps=20, guidance=2.5, batch_pictures=32)
 # Edges at the experts' own seams (quantiles 0.25 and 0.9 of the recipe's noise) and around them.
 SIGMA_EDGES = (0.0, 0.05, 0.236, 0.6, 1.56, 3.648, 9.6, 27.0, 60.0, 120.0)
 HALVES = ("left", "right", "top", "bottom")
-_PROCESSES = 2
 _BATCH_PICTURES = 32
 _SEED = 0
 
@@ -64,7 +57,7 @@ class Drawing:
     paintings: tuple[tuple[tuple[str, str], ...], ...] = ()  # of each prompt: (phrase, half)
     strength: float = 0.0  # of the phrases
 
-    def run(self) -> dict[str, Tensor]:
+    def run(self, results: Results) -> dict[str, Tensor]:
         """Draw; uint8 (B, 3, H, W)."""
         pictures = self.model.load().draw(
             self.prompts,
@@ -95,7 +88,7 @@ class Losses:
     model: Model
     singles: str  # folder of the data set
 
-    def run(self) -> dict[str, Tensor]:
+    def run(self, results: Results) -> dict[str, Tensor]:
         """Measure; float32 (K, N)."""
         generator, rows = self.model.load(), held_out(Path(self.singles))
         pictures = read_pictures(Path(self.singles), rows).float() / 127.5 - 1
@@ -141,9 +134,6 @@ class Losses:
         return torch.stack(losses).float()
 
 
-Job = Drawing | Losses
-
-
 def half_mask(half: str, side_px: int) -> Tensor:
     """One half of a square picture, bool (H, W)."""
     mask = torch.zeros(side_px, side_px, dtype=torch.bool)
@@ -159,36 +149,3 @@ def half_mask(half: str, side_px: int) -> Tensor:
 def held_out(singles: Path) -> list[Row]:
     """Held-out pictures, each with its two captions."""
     return [row for row in read_list(singles / LIST_NAME) if row["split"] == "test"]
-
-
-class Results:
-    """Results of jobs, kept below a folder under a digest of what was asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def make(self, jobs: Sequence[Job], tell: Callable[[str], None]) -> None:
-        """Do the jobs that are not done, two at a time."""
-        missing = [job for job in dict.fromkeys(jobs) if not self._path(job).exists()]
-        tell(f"{len(missing)} of {len(set(jobs))} jobs to do")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(_PROCESSES, mp_context=context) as pool:
-            for number, _ in enumerate(pool.map(_do, missing, map(self._path, missing)), 1):
-                tell(f"{number}/{len(missing)}")
-
-    def __getitem__(self, job: Job) -> Tensor:
-        """The one tensor that a job made."""
-        (tensor,) = load_file(self._path(job)).values()
-        return tensor
-
-    def _path(self, job: Job) -> Path:
-        text = json.dumps([type(job).__name__, asdict(job), asdict(SAMPLING)], sort_keys=True)
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.safetensors"
-
-
-def _do(job: Job, path: Path) -> None:
-    torch.set_num_threads(1)
-    aside = path.with_suffix(".partial")
-    save_file(job.run(), aside)
-    aside.replace(path)

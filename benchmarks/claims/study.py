@@ -6,22 +6,21 @@ Shape legend: N pictures, D features, R held-out pictures.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from benchmarks.claims.data import Row, is_styled, read_emoji
-from benchmarks.claims.drawing import Drawing, Job, Losses, Model, Results, held_out
-from benchmarks.claims.judges import SEED, Floats, average, features, read_pictures
+from benchmarks.claims.data import Row, is_styled
+from benchmarks.claims.drawing import Drawing, Losses, Model, held_out
+from benchmarks.claims.judges import Floats, average
+from benchmarks.claims.judging import Distance, Features, Real, real_rows
 from benchmarks.claims.models import Models
-from ediffi.metrics import Resampled, resampled_distance
-
-PICTURES_PER_CAPTION = 2
-NUM_RESAMPLES = 200
+from benchmarks.claims.results import Job, Results
+from ediffi.metrics import Resampled
 
 
 @dataclass(frozen=True)
@@ -70,33 +69,34 @@ class Study:
     folder: Path
     emoji: Path
     results: Results
-    _features: dict[Job, Floats] = field(default_factory=dict)
-    _distances: dict[Drawing, Resampled] = field(default_factory=dict)
 
     @property
     def singles(self) -> Path:
+        """Folder of the data set of single pictures."""
         return self.folder / "singles"
+
+    @property
+    def real_features(self) -> Real:
+        """The job that looks at the held-out pictures."""
+        return Real(emoji=str(self.emoji))
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """Held-out captions that name the style, each as often as it is drawn."""
-        captions = [row["caption"] for row in held_out(self.singles) if is_styled(row)]
-        return tuple(captions * PICTURES_PER_CAPTION)
+        """Held-out captions that name the style, in the order of the held-out pictures."""
+        return tuple(row["caption"] for row in held_out(self.singles) if is_styled(row))
 
     @cached_property
     def real_rows(self) -> list[Row]:
-        return [row for row in read_emoji(self.emoji) if row["split"] == "test"]
+        """The held-out pictures."""
+        return real_rows(self.emoji)
 
     @cached_property
     def real(self) -> Floats:
-        """Features of the held-out pictures, in the order of the captions."""
-        return features(read_pictures(self.emoji, self.real_rows))
-
-    def drawing(self, model: Model) -> Drawing:
-        """The held-out captions, drawn by a model."""
-        return Drawing(model=model, prompts=self.captions)
+        """Features of the held-out pictures."""
+        return self.results[self.real_features].numpy()
 
     def losses(self, model: Model) -> Losses:
+        """The job that measures a model's loss."""
         return Losses(model=model, singles=str(self.singles))
 
     def mean_loss(self, models: Sequence[Model]) -> float:
@@ -104,17 +104,17 @@ class Study:
         return float(np.mean([self.results[self.losses(one)].mean().item() for one in models]))
 
     def features_of(self, drawing: Drawing) -> Floats:
-        if drawing not in self._features:
-            self._features[drawing] = features(self.results[drawing])
-        return self._features[drawing]
+        """Features of a drawing (N, D)."""
+        return self.results[Features(drawing=drawing)].numpy()
+
+    def distance_job(self, drawing: Drawing) -> Distance:
+        """The job that measures a drawing's distance from the held-out pictures."""
+        return Distance(drawing=drawing, emoji=str(self.emoji))
 
     def distance(self, drawing: Drawing) -> Resampled:
-        """Fréchet distance to the held-out pictures; drawings of equal captions are paired."""
-        if drawing not in self._distances:
-            self._distances[drawing] = resampled_distance(
-                self.features_of(drawing), self.real, kind="frechet", seed=SEED, num=NUM_RESAMPLES
-            )
-        return self._distances[drawing]
+        """Fréchet distance from the held-out pictures; drawings of equal captions are paired."""
+        value, *replicates = self.results[self.distance_job(drawing)].tolist()
+        return Resampled(value, np.array(replicates))
 
     def mean_distance(self, drawings: Sequence[Drawing]) -> Resampled:
         """The mean over training seeds."""
@@ -125,13 +125,11 @@ class Study:
 
         One half is chance. By cosine of features; a judge that never saw a caption.
         """
-        drawn, real = (
-            _unit(self.features_of(drawing) - self.real.mean(0)),
-            _unit(self.real - self.real.mean(0)),
-        )
-        cosine_NR = drawn @ real.T
-        own = np.arange(len(drawn)) % len(real)
-        return (cosine_NR < cosine_NR[np.arange(len(drawn)), own][:, None]).mean(1)
+        mean_D = self.real.mean(0)
+        drawn_ND, real_RD = _unit(self.features_of(drawing) - mean_D), _unit(self.real - mean_D)
+        cosine_NR = drawn_ND @ real_RD.T
+        own_N = np.arange(len(drawn_ND)) % len(real_RD)
+        return (cosine_NR < cosine_NR[np.arange(len(drawn_ND)), own_N][:, None]).mean(1)
 
 
 def _unit(x_ND: Floats) -> Floats:
@@ -145,9 +143,23 @@ class Claim(ABC):
         self.study = study
 
     @abstractmethod
-    def jobs(self) -> list[Job]:
-        """What must be drawn and measured for it."""
+    def drawings(self) -> list[Drawing]:
+        """What must be drawn for it."""
+
+    @abstractmethod
+    def judgements(self) -> list[Job]:
+        """What must be measured besides, once features are there."""
 
     @abstractmethod
     def answer(self) -> Answer:
         """What the finished jobs come to."""
+
+
+def finish(claims: Sequence[Claim], results: Results, tell: Callable[[str], None]) -> None:
+    """Do all jobs of some claims: draw, look at the drawings, measure."""
+    drawings = [one for claim in claims for one in claim.drawings()]
+    results.make(drawings, tell)
+    results.make(
+        [claims[0].study.real_features, *(Features(drawing=one) for one in drawings)], tell
+    )
+    results.make([one for claim in claims for one in claim.judgements()], tell)
