@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ediffi.conditioning import resize_paint
+from ediffi.paint_planes import resize_paint
 
 ScoreHook = Callable[[Tensor], Tensor]
 

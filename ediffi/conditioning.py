@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ediffi.paint_planes import check_paint, resize_paint
+
 
 def check_json_keys(config_class: type, data: Mapping[str, Any]) -> None:
     """Raise ValueError if `data` has a key that is no field of the dataclass `config_class`."""
@@ -92,7 +94,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         if self.paint_BTHW is not None:
-            _check_paint(self.paint_BTHW, self.tokens_BTD)
+            check_paint(self.paint_BTHW, self.tokens_BTD)
         if (self.tokens_BTD is None) != (self.mask_BT is None):
             raise ValueError("a stream must have tokens_BTD and mask_BT together, got only one")
         if self.tokens_BTD is not None and self.mask_BT is not None:
@@ -135,27 +137,6 @@ class Stream:
     def without_paint(self) -> Stream:
         """Return the stream as it is without a painting."""
         return Stream(self.tokens_BTD, self.mask_BT, self.pooled_BD)
-
-
-def _check_paint(paint_BTHW: Tensor, tokens_BTD: Tensor | None) -> None:
-    if tokens_BTD is None:
-        raise ValueError("a stream with paint_BTHW must have tokens_BTD to paint, got none")
-    if paint_BTHW.ndim != 4 or paint_BTHW.shape[:2] != tokens_BTD.shape[:2]:
-        raise ValueError(
-            f"paint_BTHW must have the shape {(*tokens_BTD.shape[:2], 'H', 'W')}, a plane for each "
-            f"token, got {tuple(paint_BTHW.shape)}"
-        )
-    if not paint_BTHW.is_floating_point():
-        raise ValueError(f"paint_BTHW must be floating point, got {paint_BTHW.dtype}")
-
-
-def resize_paint(paint_BTHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring the planes of a painting to (H, W) = `size`: bilinear, antialiased, float32."""
-    if paint_BTHW.shape[2:] == size:
-        return paint_BTHW.float()
-    return functional.interpolate(
-        paint_BTHW.float(), size=size, mode="bilinear", align_corners=False, antialias=True
-    )
 
 
 @dataclass(eq=False)
@@ -237,15 +218,24 @@ class Conditioning:
         }
         return Conditioning(streams, self.batch_size, self.low_res_BCHW)
 
+    def without(self, names: Iterable[str]) -> Conditioning:
+        """Drop whole streams, for every sample."""
+        nobody_B = torch.zeros(self.batch_size, dtype=torch.bool)
+        return self.drop(dict.fromkeys(names, nobody_B))
+
+    def without_paint(self) -> Conditioning:
+        """Return the conditioning as it is without paintings."""
+        return self._map_streams(Stream.without_paint)
+
     def null(self) -> Conditioning:
         """Drop every stream of every sample: what the unconditional branch is given.
 
         It is never painted: guidance then points towards the painting.
         """
-        streams = {
-            name: stream.without_paint().map(torch.zeros_like)
-            for name, stream in self.streams.items()
-        }
+        return self._map_streams(lambda stream: stream.without_paint().map(torch.zeros_like))
+
+    def _map_streams(self, function: Callable[[Stream], Stream]) -> Conditioning:
+        streams = {name: function(stream) for name, stream in self.streams.items()}
         return Conditioning(streams, self.batch_size, self.low_res_BCHW)
 
 

@@ -22,7 +22,7 @@ from ediffi.ensemble import ROUTE, Blend, Ensemble
 from ediffi.network import NetworkConfig, build_network, network_from_json, network_to_json
 from ediffi.noise import NoiseInterval, SigmaDistribution, check_tiling
 from ediffi.preconditioning import Denoiser, DenoiserFn, Preconditioning
-from ediffi.residency import OnDemand, Residency, Residents
+from ediffi.residency import HOLD_ALL, OnDemand, Residency, Residents
 from ediffi.snapshot import (
     WEIGHTS_NAME,
     Snapshot,
@@ -43,7 +43,6 @@ Missing = Literal["error", "base"]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _BASE = "base"
-_HOLD_ALL = Residency()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +175,7 @@ def load_ensemble(
     directory: Path,
     *,
     device: str | torch.device = "cpu",
-    residency: Residency = _HOLD_ALL,
+    residency: Residency = HOLD_ALL,
     missing: Missing = "error",
     blend: Blend = ROUTE,
 ) -> tuple[EnsembleInfo, Ensemble]:

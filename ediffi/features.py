@@ -58,11 +58,12 @@ class ClipFeatures:
     def __call__(self, pictures_BCHW: Tensor) -> Tensor:
         """Encode pictures through the very transform that the embedding cache uses."""
         import torch
-        from PIL import Image
+
+        from ediffi.pictures import to_pil
 
         _check_pictures(pictures_BCHW)
-        pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures_BCHW.cpu()]
-        return torch.stack([sample["pooled"] for sample in self._encoder.encode(pictures)])
+        encoded = self._encoder.encode(to_pil(pictures_BCHW))
+        return torch.stack([sample["pooled"] for sample in encoded])
 
 
 class TimmFeatures:

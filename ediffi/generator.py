@@ -13,7 +13,6 @@ Shape legend: B batch, C channels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, get_args
@@ -33,16 +32,16 @@ from ediffi.ensemble_file import (
     read_ensemble_info,
 )
 from ediffi.painting import Painting
+from ediffi.pictures import to_pil
 from ediffi.preconditioning import DenoiserFn
 from ediffi.prompts import PromptEncoders, Style, one_each
-from ediffi.residency import Residency
+from ediffi.residency import HOLD_ALL, Residency
 from ediffi.sampling import SamplingConfig, draw, to_uint8
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Precision = Literal["fp32", "bf16"]
-_HOLD_ALL = Residency()
 
 
 class Generator:
@@ -74,7 +73,7 @@ class Generator:
         directory: Path,
         *,
         device: str = "cpu",
-        residency: Residency = _HOLD_ALL,
+        residency: Residency = HOLD_ALL,
         missing_experts: Missing = "error",
         blend: Blend = ROUTE,
         precision: Precision = "fp32",
@@ -242,8 +241,7 @@ class Generator:
         conditioning = self._encoders.conditioning(
             request.prompts[rows], request.styles[rows], request.paintings[rows]
         )
-        dropped = torch.zeros(len(seeds), dtype=torch.bool)
-        conditioning = conditioning.drop(dict.fromkeys(request.dropped_streams, dropped))
+        conditioning = conditioning.without(request.dropped_streams)
         conditioning = conditioning.to(self.device, torch.float32)
         pictures_BCHW = draw(
             denoiser,
@@ -254,7 +252,7 @@ class Generator:
             device=self.device,
         )
         yield pictures_BCHW
-        unpainted = _unpainted(conditioning)
+        unpainted = conditioning.without_paint()
         for index, (enlarger, config) in enumerate(request.enlarging):
             info, ensemble = self._enlarger(enlarger)
             pictures_BCHW = enlarge(
@@ -273,15 +271,3 @@ class Generator:
         if enlarger.directory not in self._enlarging:
             self._enlarging[enlarger.directory] = self._load(enlarger.directory)
         return self._enlarging[enlarger.directory]
-
-
-def to_pil(pictures_BCHW: Tensor) -> list[Image.Image]:
-    """PIL pictures from uint8 (B, 3, H, W) on the CPU."""
-    from PIL import Image
-
-    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures_BCHW]
-
-
-def _unpainted(conditioning: Conditioning) -> Conditioning:
-    streams = {name: stream.without_paint() for name, stream in conditioning.streams.items()}
-    return replace(conditioning, streams=streams)

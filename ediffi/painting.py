@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ediffi.conditioning import Conditioning, Stream, resize_paint
+from ediffi.conditioning import Conditioning, Stream
 from ediffi.encoders import TextEncoder
+from ediffi.paint_planes import resize_paint
 from ediffi.pictures import ImageError, decode_image
 
 if TYPE_CHECKING:
@@ -279,12 +280,14 @@ def paint(
             f"{', '.join(conditioning.streams) or 'none'}, the encoders "
             f"{', '.join(encoders) or 'none'}"
         )
-    streams = {name: stream.without_paint() for name, stream in conditioning.streams.items()}
-    if any(phrases):
-        for name in names:
-            paint_BTHW = _planes(name, streams[name], prompts, phrases, encoders[name])
-            streams[name] = replace(streams[name], paint_BTHW=paint_BTHW)
-    return Conditioning(streams, conditioning.batch_size, conditioning.low_res_BCHW)
+    unpainted = conditioning.without_paint()
+    if not any(phrases):
+        return unpainted
+    streams = dict(unpainted.streams)
+    for name in names:
+        paint_BTHW = _planes(name, streams[name], prompts, phrases, encoders[name])
+        streams[name] = replace(streams[name], paint_BTHW=paint_BTHW)
+    return replace(unpainted, streams=streams)
 
 
 def _planes(

@@ -1,7 +1,7 @@
 """Pictures from strangers: decode encoded images strictly, bring them to the size of training.
 
 Only a handful of raster formats is accepted: no decoder that runs another program is reachable.
-Axes: H W in pixels, C = 3 (RGB).
+Axes: B batch, H W in pixels, C = 3 (RGB).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 Resize = Literal["center_crop", "pad", "stretch"]
 ImageErrorReason = Literal["image_truncated", "image_bomb", "image_undecodable"]
@@ -110,6 +111,13 @@ def fit_image(image: Image.Image, image_px: int, resize: Resize) -> NDArray[np.u
     else:
         fitted = _scale(image, (image_px, image_px), (0, 0, *image.size))
     return np.array(fitted)
+
+
+def to_pil(pictures_BCHW: Tensor) -> list[Image.Image]:
+    """PIL pictures from uint8 (B, 3, H, W)."""
+    from PIL import Image
+
+    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures_BCHW.cpu()]
 
 
 def check_fit(image_px: int, resize: str) -> None:

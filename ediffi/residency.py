@@ -53,6 +53,9 @@ class Residency:
         return self.load == "eager" and self.device_gib == 0
 
 
+HOLD_ALL = Residency()
+
+
 class Residents:
     """The denoisers whose weights are on one device, least recently used first.
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ediffi.pictures import to_pil
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,9 +43,8 @@ def draw_grid(prompts: Sequence[str], blocks: Mapping[str, Tensor]) -> Image.Ima
     for (title, pictures), width in zip(blocks.items(), widths, strict=True):
         pen.text((block_left, 0), title, fill="black", font=font)
         for index in range(len(prompts)):
-            for column, picture in enumerate(pictures[index]):
-                tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
-                tile = tile.resize((side, side), Image.Resampling.NEAREST)
+            for column, picture in enumerate(to_pil(pictures[index])):
+                tile = picture.resize((side, side), Image.Resampling.NEAREST)
                 left = block_left + column * (side + GAP_PX)
                 canvas.paste(tile, (left, 2 * TEXT_PX + index * row))
         block_left += width

@@ -66,6 +66,11 @@ class Encoder(Section):
     def is_fitted(self) -> bool:
         return self.weights == "fitted"
 
+    @property
+    def is_image(self) -> bool:
+        """Whether it encodes pictures, and not captions."""
+        return self.family == "open_clip_image"
+
 
 class ClipFit(Section):
     """Fit a small CLIP on the recipe's own pictures: for demos and private domains."""
@@ -206,7 +211,7 @@ class Recipe(CacheRecipe):
 
     def _check_streams(self) -> None:
         """Some measurements need several text streams, or one of pictures."""
-        images = [one for one in self.encoders.values() if one.family == "open_clip_image"]
+        images = [one for one in self.encoders.values() if one.is_image]
         if self.evaluate.text_ablation is not None and len(self.encoders) - len(images) < 2:
             raise ValueError(
                 "evaluate.text_ablation: compares text encoders, of which the recipe must have two "
@@ -219,7 +224,7 @@ class Recipe(CacheRecipe):
 
     def _check_clip_pair(self, text: Encoder) -> None:
         """The CLIP score needs the image half of the same CLIP."""
-        images = [one for one in self.encoders.values() if one.family == "open_clip_image"]
+        images = [one for one in self.encoders.values() if one.is_image]
         if (text.weights, text.model) not in [(one.weights, one.model) for one in images]:
             raise ValueError(
                 f"evaluate.alignment: 'clip' needs an encoder of family open_clip_image with the "

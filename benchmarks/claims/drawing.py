@@ -23,6 +23,7 @@ from ediffi.generator import Generator
 from ediffi.loss import denoising_loss, paired_draws
 from ediffi.noise import NoiseInterval
 from ediffi.painting import Painting, Phrase
+from ediffi.train.data import to_unit_range
 
 # Edges at the experts' own seams (quantiles 0.25 and 0.9 of the recipe's noise) and around them.
 SIGMA_EDGES = (0.0, 0.05, 0.236, 0.6, 1.56, 3.648, 9.6, 27.0, 60.0, 120.0)
@@ -91,7 +92,7 @@ class Losses:
     def run(self, results: Results) -> dict[str, Tensor]:
         """Measure; float32 (K, N)."""
         generator, rows = self.model.load(), held_out(Path(self.singles))
-        pictures = read_pictures(Path(self.singles), rows).float() / 127.5 - 1
+        pictures = to_unit_range(read_pictures(Path(self.singles), rows))
         columns = []
         for start in range(0, len(rows), _BATCH_PICTURES):
             part = slice(start, start + _BATCH_PICTURES)
@@ -102,10 +103,8 @@ class Losses:
     def _losses(
         self, generator: Generator, rows: Sequence[Row], x_BCHW: Tensor, first: int
     ) -> Tensor:
-        dropped = torch.zeros(len(rows), dtype=torch.bool)
-        conditioning = generator.conditioning([row["caption"] for row in rows]).drop(
-            dict.fromkeys(self.model.dropped_streams, dropped)
-        )
+        conditioning = generator.conditioning([row["caption"] for row in rows])
+        conditioning = conditioning.without(self.model.dropped_streams)
         indices = range(first, first + len(rows))
         losses = []
         for number, (low, high) in enumerate(itertools.pairwise(SIGMA_EDGES)):

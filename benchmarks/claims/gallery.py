@@ -15,8 +15,8 @@ from benchmarks.claims.drawing import half_mask
 from benchmarks.claims.ensembles import Experts
 from benchmarks.claims.judges import PICTURE_PX, read_pictures
 from benchmarks.claims.study import Study
-from pipelines.colours import COLOURS, colour_in
 from pipelines.grids import draw_grid
+from pipelines.stages.evaluation.painting import masks_picture
 
 NUM_ROWS = 9
 EVERY_CAPTION = 45  # of the held-out ones: as far apart as they are many
@@ -72,8 +72,5 @@ def _painting(study: Study) -> tuple[list[str], dict[str, Tensor]]:
 
 def _painted(phrases: tuple[tuple[str, str], ...]) -> Tensor:
     """Each phrase's half in its colour, uint8 (3, H, W)."""
-    canvas = torch.full((3, PICTURE_PX, PICTURE_PX), 255, dtype=torch.uint8)
-    for text, half in phrases:
-        colour = torch.tensor(COLOURS[colour_in(text)], dtype=torch.uint8)
-        canvas = torch.where(half_mask(half, PICTURE_PX), colour[:, None, None], canvas)
-    return canvas
+    masks_PHW = torch.stack([half_mask(half, PICTURE_PX) for _, half in phrases])
+    return masks_picture(masks_PHW.numpy(), [text for text, _ in phrases])

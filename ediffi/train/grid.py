@@ -66,8 +66,7 @@ def draw_pictures(
     Returns:
         uint8 (B, C, H, W) on the CPU.
     """
-    dropped = torch.zeros(conditioning.batch_size, dtype=torch.bool)
-    conditioning = conditioning.drop(dict.fromkeys(config.dropped_streams, dropped))
+    conditioning = conditioning.without(config.dropped_streams)
     seeds = [config.seed + index for index in picture_indices]
     pictures = draw(
         denoiser, conditioning, seeds=seeds, shape_CHW=shape_CHW, config=config, device=device

@@ -118,7 +118,7 @@ def network_sizes(recipe: Recipe, widths: Mapping[str, StreamWidths]) -> list[Ne
 def _stream(recipe: Recipe, name: str, widths: StreamWidths) -> StreamConfig:
     from ediffi.conditioning import StreamConfig
 
-    is_image = recipe.encoders[name].family == "open_clip_image"
+    is_image = recipe.encoders[name].is_image
     if not widths.is_known:  # any width: its projections are not counted
         tokens, pooled = (0, 1) if is_image else (1, 0)
     else:

@@ -112,7 +112,7 @@ def _open_clip_widths(encoder: Encoder) -> StreamWidths:
 
 def _clip_widths(encoder: Encoder, architecture: Mapping[str, Any], source: Source) -> StreamWidths:
     pooled_width = architecture["embed_dim"]
-    if encoder.family == "open_clip_image":
+    if encoder.is_image:
         return StreamWidths(pooled_width=pooled_width, source=source)
     text = architecture["text_cfg"]
     if "hf_model_name" in text or "width" not in text:

@@ -30,7 +30,7 @@ MAX_DECODING_THREADS = 8
 
 def digest_kind(encoder: Encoder) -> str:
     """Which of an image shard's digests an encoder's embeddings depend on."""
-    return "pictures" if encoder.family == "open_clip_image" else "captions"
+    return "pictures" if encoder.is_image else "captions"
 
 
 def asked_identity(encoder: Encoder) -> dict[str, str | int]:

@@ -73,7 +73,7 @@ def stream_configs(
                 name=name,
                 token_width=facts["token_width"],
                 pooled_width=facts["pooled_width"],
-                pooled_as_token=encoders[name].family == "open_clip_image",
+                pooled_as_token=encoders[name].is_image,
                 dropout=encoders[name].dropout,
             )
         )

@@ -274,14 +274,13 @@ def _tiles(pictures: Sequence[Image], generator: Generator) -> Tensor:
 
 
 def _write_pictures(path: Path, prefix: str, jobs: Sequence[Json], pictures: Tensor) -> None:
-    from PIL import Image
-
+    from ediffi.pictures import to_pil
     from ediffi.shards import ShardWriter
 
     with ShardWriter(path) as writer:
-        for index, (job, picture) in enumerate(zip(jobs, pictures, strict=True)):
+        for index, (job, picture) in enumerate(zip(jobs, to_pil(pictures), strict=True)):
             stream = io.BytesIO()
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stream, "PNG")
+            picture.save(stream, "PNG")
             members = {
                 "json": json.dumps(job, sort_keys=True).encode(),
                 "png": stream.getvalue(),

@@ -134,9 +134,7 @@ def _grid(recipe: Recipe, settings: SamplerSettings) -> GridConfig:
         **asdict(settings.config()),
         num_pictures=GRID_PICTURES,
         seed=recipe.seed,
-        dropped_streams=tuple(
-            name for name, one in recipe.encoders.items() if one.family == "open_clip_image"
-        ),
+        dropped_streams=tuple(name for name, one in recipe.encoders.items() if one.is_image),
     )
 
 

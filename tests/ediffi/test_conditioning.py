@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ediffi.conditioning import Conditioning, Stream, StreamConfig, collate, resize_paint
+from ediffi.conditioning import Conditioning, Stream, StreamConfig, collate
+from ediffi.paint_planes import resize_paint
 
 STREAMS = (
     StreamConfig(name="t5", token_width=3),

@@ -1,7 +1,6 @@
 """Tests of ediffi.generator: from prompts, references and paintings to pictures of every size."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,15 +24,6 @@ FAST = SamplingConfig(sampler="dpm++2m", num_steps=3)
 FEW = replace(PAPER_ENLARGING, num_steps=2)
 PROMPTS = ["a red circle", "a blue square and a red circle", "a blue circle"]
 LEFT_HW = torch.cat([torch.ones(8, 4), torch.zeros(8, 4)], dim=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on such small tensors only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

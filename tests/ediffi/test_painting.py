@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ediffi.conditioning import Conditioning, StreamConfig, collate, resize_paint
+from ediffi.conditioning import Conditioning, StreamConfig, collate
 from ediffi.encoders import EncoderConfig, TextEncoder, load_encoder
+from ediffi.paint_planes import resize_paint
 from ediffi.painting import DEFAULT_STRENGTH, PAINT_PX, Painting, Phrase, paint
 from tests.tiny_encoders import write_clip, write_t5
 

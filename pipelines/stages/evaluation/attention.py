@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pipelines.stages.evaluation.charts import Line, line_chart
-from pipelines.stages.evaluation.material import IMAGE_FAMILY, Material, Measured
+from pipelines.stages.evaluation.material import Material, Measured
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +33,8 @@ def measure_attention(material: Material) -> Measured:
     found: dict[float, list[Mapping[str, Tensor]]] = defaultdict(list)
     for images_BCHW, conditioning in material.held_out_batches(config.num_samples):
         size, channels, height, width = images_BCHW.shape
-        nothing_B = torch.zeros(size, dtype=torch.bool)
-        conditioning = conditioning.drop(
-            {
-                name: nothing_B
-                for name in conditioning.streams
-                if encoders[name].family == IMAGE_FAMILY
-            }
+        conditioning = conditioning.without(
+            name for name in conditioning.streams if encoders[name].is_image
         )
         seeds = range(num, num + size)
         for sigma in config.sigmas:

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from ediffi.features import FeatureExtractor
     from ediffi.generator import Generator, Model
 
-IMAGE_FAMILY = "open_clip_image"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -100,8 +98,7 @@ class Material:
         image_name = next(
             name
             for name, encoder in self.recipe.encoders.items()
-            if encoder.family == IMAGE_FAMILY
-            and (encoder.weights, encoder.model) == (text.weights, text.model)
+            if encoder.is_image and (encoder.weights, encoder.model) == (text.weights, text.model)
         )
         return clip_alignment(
             self._encoder_config(text_name),
@@ -152,6 +149,7 @@ class Material:
 
         from ediffi.conditioning import collate
         from ediffi.shards import JoinedShards
+        from ediffi.train.data import to_unit_range
 
         samples = JoinedShards(
             joined_shards(self.workspace.inputs, "held_out"),
@@ -163,7 +161,7 @@ class Material:
         num = min(len(samples), limit)
         for start in range(0, num, size):
             batch = [samples[index] for index in range(start, min(start + size, num))]
-            images = torch.stack([sample.image for sample in batch]).float() / 127.5 - 1
+            images = to_unit_range(torch.stack([sample.image for sample in batch]))
             conditioning = collate(
                 [sample.streams for sample in batch], generator.info.network.streams
             )

@@ -59,7 +59,7 @@ def measure_painting(material: Material) -> Measured:
         cases.append({"prompt": case.prompt, **{how: _means(one) for how, one in scores.items()}})
         for how, pictures in drawn.items():
             rows[how].append(pictures[:SHOWN_SEEDS])
-        rows["painting"].append(_boxes_picture(boxes, phrases)[None])
+        rows["painting"].append(masks_picture(boxes, phrases)[None])
     _draw_grid(material, [case.prompt for case in config.cases], rows)
     num = 2 * len(config.cases) * len(config.seeds)
     document = {"detector": config.detector, **found.to_json(material.recipe.seed), "cases": cases}
@@ -78,6 +78,17 @@ def box_masks(case: PaintedCase, image_px: int) -> NDArray[np.bool_]:
         )
         masks.append(rows[:, None] & columns)
     return np.stack(masks)
+
+
+def masks_picture(masks_PHW: NDArray[np.bool_], phrases: Sequence[str]) -> Tensor:
+    """What is painted, in the phrases' colours on white: uint8 (3, H, W)."""
+    import torch
+
+    picture = torch.full((3, *masks_PHW.shape[1:]), 255, dtype=torch.uint8)
+    for mask_HW, phrase in zip(masks_PHW, phrases, strict=True):
+        colour = torch.tensor(COLOURS[colour_in(phrase)], dtype=torch.uint8)
+        picture[:, torch.from_numpy(mask_HW)] = colour[:, None]
+    return picture
 
 
 def score(seen_NPHW: NDArray[np.bool_], box_PHW: NDArray[np.bool_]) -> dict[str, list[float]]:
@@ -156,17 +167,6 @@ def _painting(case: PaintedCase, boxes: NDArray[np.bool_]) -> Painting:
             for one, mask in zip(case.phrases, boxes, strict=True)
         )
     )
-
-
-def _boxes_picture(boxes: NDArray[np.bool_], phrases: Sequence[str]) -> Tensor:
-    """The boxes in their phrases' colours on white, uint8 (3, H, W)."""
-    import torch
-
-    picture = torch.full((3, *boxes.shape[1:]), 255, dtype=torch.uint8)
-    for mask, phrase in zip(boxes, phrases, strict=True):
-        colour = torch.tensor(COLOURS[colour_in(phrase)], dtype=torch.uint8)
-        picture[:, torch.from_numpy(mask)] = colour[:, None]
-    return picture
 
 
 def _draw_grid(material: Material, prompts: Sequence[str], rows: dict[str, list[Tensor]]) -> None:

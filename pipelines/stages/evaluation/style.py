@@ -169,11 +169,9 @@ def _agreements(
 
 
 def _references(pictures: Tensor, drawings: Sequence[Drawing]) -> list[Image.Image]:
-    from PIL import Image
+    from ediffi.pictures import to_pil
 
-    return [
-        Image.fromarray(pictures[one.reference_index].permute(1, 2, 0).numpy()) for one in drawings
-    ]
+    return to_pil(pictures[[one.reference_index for one in drawings]])
 
 
 def _draw_grid(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.stages.evaluation.charts import picture_grid
 from pipelines.stages.evaluation.drawings import judge
-from pipelines.stages.evaluation.material import IMAGE_FAMILY, Material, Measured
+from pipelines.stages.evaluation.material import Material, Measured
 
 PICTURE = "text_ablation.png"
 
@@ -16,9 +16,7 @@ def measure_text_ablation(material: Material) -> Measured:
     """
     config = material.recipe.evaluate.text_ablation
     assert config is not None, "planned only where the recipe asks for it"
-    texts = [
-        name for name, encoder in material.recipe.encoders.items() if encoder.family != IMAGE_FAMILY
-    ]
+    texts = [name for name, encoder in material.recipe.encoders.items() if not encoder.is_image]
     prompts, seeds = material.prompts(config.num_pictures)
     rows, pictures = [], {}
     for streams in (texts, *([name] for name in texts)):

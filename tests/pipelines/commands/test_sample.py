@@ -6,13 +6,12 @@ import json
 import subprocess
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ediffi
@@ -25,15 +24,6 @@ from tests.tiny_generator import write_generator
 
 Run = Callable[..., tuple[int, str, str]]
 FAST = ("--sampler", "dpm++2m", "--steps", "2", "--enlarging", "num_steps=1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on such small tensors only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

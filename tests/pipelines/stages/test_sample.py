@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ediffi
@@ -26,15 +24,6 @@ from tests.tiny_generator import write_generator
 CAPTIONS = ["a red circle", "a blue square", "a red circle", "a blue circle"]
 HELD_OUT = {"split": "held_out", "shard": "held_out-00000.tar"}
 FAST = {"sampler": "dpm++2m", "num_steps": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on such small tensors only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
