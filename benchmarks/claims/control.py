@@ -6,25 +6,23 @@ Shape legend: B batch, H W pixels, N pictures.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
-from benchmarks.claims.data import STYLES, colour_of, is_styled, read_emoji, read_list
+from benchmarks.claims.data import STYLES, colour_of, is_styled, read_list
 from benchmarks.claims.drawing import HALVES, Drawing, Model, half_mask, held_out
 from benchmarks.claims.judges import (
     PICTURE_PX,
     Floats,
     colour_masks,
-    features,
     mean,
     read_pictures,
     told,
 )
 from benchmarks.claims.results import Job
 from benchmarks.claims.study import Answer, Claim, Comparison, Table
-from pipelines.stages.evaluation.classifier import Classifier, fit_classifier
+from benchmarks.claims.style_judge import StyleJudge, agreement
 
 STYLE_PICTURES = 240
 PAINTED_PICTURES = 192
@@ -65,18 +63,22 @@ class Style(Claim):
     def drawings(self) -> list[Drawing]:
         return [*self.drawn(styled=True), *self.drawn(styled=False)]
 
+    @property
+    def judge(self) -> StyleJudge:
+        """Knows the three styles."""
+        return StyleJudge(emoji=str(self.study.emoji))
+
     def judgements(self) -> list[Job]:
-        return []
+        return [self.judge]
 
     def answer(self) -> Answer:
-        train = [row for row in read_emoji(self.study.emoji) if row["split"] == "train"]
-        pictures = read_pictures(self.study.emoji, train)
-        judge = fit_classifier(features(pictures), [row["style"] for row in train])
+        results, rows_of_real = self.study.results, self.study.real_rows
         wanted = [style for _, style, _ in self.cases]
-        on_real = _agrees(judge, self.study.real, [row["style"] for row in self.study.real_rows])
+        real = self.judge.judge(results, read_pictures(self.study.emoji, rows_of_real))
+        on_real = agreement(real, [row["style"] for row in rows_of_real])
         with_reference, without = (
             [
-                _agrees(judge, self.study.features_of(one), wanted)
+                agreement(self.judge.judge(results, results[one]), wanted)
                 for one in self.drawn(styled=styled)
             ]
             for styled in (True, False)
@@ -96,8 +98,8 @@ class Style(Claim):
             )
         comparison = Comparison(
             measure="Style: agreement of the classifier",
-            ours=[float(one.mean()) for one in with_reference],
-            other=[float(one.mean()) for one in without],
+            ours=[float(np.mean(one)) for one in with_reference],
+            other=[float(np.mean(one)) for one in without],
             other_name="no reference",
             better="higher",
         )
@@ -111,12 +113,6 @@ class Style(Claim):
             ],
             [comparison],
         )
-
-
-def _agrees(judge: Classifier, features_ND: Floats, wanted: Sequence[str]) -> Floats:
-    """1 where a picture has the style it should have, else 0: (N,)."""
-    pairs = zip(judge(features_ND), wanted, strict=True)
-    return np.array([float(found == style) for found, style in pairs])
 
 
 class Painting(Claim):

@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.claims.data import Row
 from ediffi.features import FeatureExtractor, feature_extractor
 from ediffi.metrics import Resampled, resampled_mean
+from ediffi.pictures import fit_image
 from pipelines.colours import COLOURS, pixels_of
 
 FEATURES = {
@@ -62,14 +63,12 @@ def features(pictures_BCHW: Tensor) -> Floats:
 
 
 def read_pictures(folder: Path, rows: Sequence[Row]) -> Tensor:
-    """Pictures of the emoji at the models' size, uint8 (B, 3, H, W)."""
+    """Pictures of the emoji as training sees them, uint8 (B, 3, H, W)."""
     pictures = [
-        Image.open(folder / row["url"])
-        .convert("RGB")
-        .resize((PICTURE_PX, PICTURE_PX), Image.Resampling.LANCZOS)
+        fit_image(Image.open(folder / row["url"]).convert("RGB"), PICTURE_PX, "center_crop")
         for row in rows
     ]
-    return torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) for one in pictures])
+    return torch.stack([torch.from_numpy(one).permute(2, 0, 1) for one in pictures])
 
 
 def colour_masks(pictures_BCHW: Tensor, colours: Sequence[str]) -> Tensor:

@@ -18,7 +18,7 @@ SEEDS = (0, 1, 2)
 _LANES = 2  # trainings at a time, one thread each: the fastest split of two cores
 _WHOLE_AXIS = (
     "experts.split=[{name: all, quantiles: [0, 1]}]",
-    "experts.train.total_images=48000",  # as many as the three experts have together
+    "experts.train.total_images=32000",  # as many as the three experts have together
 )
 
 

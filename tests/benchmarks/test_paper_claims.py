@@ -7,10 +7,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks import paper_claims
 from benchmarks.claims import data, drawing, judges
+from benchmarks.claims.results import Results
 from benchmarks.claims.study import Table
+from benchmarks.claims.style_judge import StyleJudge, agreement
 from pipelines.colours import COLOURS
 
 
@@ -95,3 +98,28 @@ def test_absent_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Without the emoji nothing starts."""
     assert paper_claims.main(["--emoji", str(tmp_path)]) == 2
     assert f"no emoji.parquet in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_judge_of_styles_learns_them_from_the_training_pictures(tmp_path: Path) -> None:
+    """It tells held-out pictures of three textures apart, and is the same when made again."""
+    rows = []
+    (tmp_path / "images").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(276):
+        style = list(data.STYLES)[index % 3]
+        grain = torch.rand((3, 64, 64), generator=generator) * 80
+        step = (4, 16, 64)[index % 3]  # px from stripe to stripe
+        grain[:, torch.arange(64) % step < step // 2] += 120
+        url = f"images/{index}.png"
+        Image.fromarray(grain.byte().permute(1, 2, 0).numpy()).save(tmp_path / url)
+        split = "train" if index < 256 else "test"
+        rows.append({"url": url, "style": style, "split": split})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "emoji.parquet")
+    judge, results = StyleJudge(emoji=str(tmp_path)), Results(tmp_path / "results")
+    made = judge.run(results)
+    save_file(made, results.path(judge))
+    held_out = [row for row in rows if row["split"] == "test"]
+    found = judge.judge(results, judges.read_pictures(tmp_path, held_out))
+    assert sum(agreement(found, [row["style"] for row in held_out])) >= 0.9 * len(held_out)
+    assert torch.equal(judge.run(results)["state"], made["state"])
