@@ -145,9 +145,6 @@ class Painting(Claim):
     def drawings(self) -> list[Drawing]:
         return [self.drawing(strength) for strength in STRENGTHS]
 
-    def judgements(self) -> list[Job]:
-        return []
-
     def answer(self) -> Answer:
         inside = {strength: self._inside(strength) for strength in STRENGTHS}
         rows = [

@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.claims.drawing import SIGMA_EDGES, Drawing, Model
 from benchmarks.claims.judges import mean, told
+from benchmarks.claims.judging import Features
 from benchmarks.claims.results import Job
 from benchmarks.claims.study import Answer, Claim, Comparison, Table
 from ediffi.metrics import Resampled
@@ -36,6 +37,12 @@ class Comparing(Claim):
 
     def drawings(self) -> list[Drawing]:
         return [self.drawing(one) for one in self._models]
+
+    def looks(self) -> list[Job]:
+        return [
+            self.study.real_features,
+            *(Features(drawing=one) for one in self.drawings()),
+        ]
 
     def judgements(self) -> list[Job]:
         return [

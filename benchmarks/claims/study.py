@@ -146,9 +146,13 @@ class Claim(ABC):
     def drawings(self) -> list[Drawing]:
         """What must be drawn for it."""
 
-    @abstractmethod
+    def looks(self) -> list[Job]:
+        """Features that it needs, once the drawings are there."""
+        return []
+
     def judgements(self) -> list[Job]:
         """What must be measured besides, once features are there."""
+        return []
 
     @abstractmethod
     def answer(self) -> Answer:
@@ -157,9 +161,6 @@ class Claim(ABC):
 
 def finish(claims: Sequence[Claim], results: Results, tell: Callable[[str], None]) -> None:
     """Do all jobs of some claims: draw, look at the drawings, measure."""
-    drawings = [one for claim in claims for one in claim.drawings()]
-    results.make(drawings, tell)
-    results.make(
-        [claims[0].study.real_features, *(Features(drawing=one) for one in drawings)], tell
-    )
+    results.make([one for claim in claims for one in claim.drawings()], tell)
+    results.make([one for claim in claims for one in claim.looks()], tell)
     results.make([one for claim in claims for one in claim.judgements()], tell)

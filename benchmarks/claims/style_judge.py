@@ -1,7 +1,7 @@
 """Who says which style a picture is drawn in: a small network trained on the real pictures alone.
 
 Features made for photographs tell the three styles apart in 86 of 100 held-out pictures; pixels do
-in 98. Noise on its training pictures keeps the grain of a drawing from passing for shading.
+in 98. Noise on its training pictures is there so that the grain of a drawing does not decide.
 
 Shape legend: B batch, C channels, H W pixels, S styles.
 """
