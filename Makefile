@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-fast check format lock clean
+.PHONY: demo test test-fast chaos check format lock clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)  ## the whole pipeline on the data set that ships with it
@@ -15,6 +15,9 @@ test: $(INSTALLED)  ## every test; those marked gpu skip themselves without a CU
 
 test-fast: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
+
+chaos: $(INSTALLED)  ## runs that are killed at random moments and started again must give the same bytes
+	$(BIN)/pytest tests/chaos
 
 check: $(INSTALLED)  ## style, types, who imports whom: what CI checks
 	$(BIN)/ruff check

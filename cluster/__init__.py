@@ -4,6 +4,18 @@ This package knows a command, an image, nodes, accelerators and an environment. 
 the command does: no torch, no ray, nothing of `ediffi` or `pipelines` (enforced by import-linter).
 """
 
-from cluster.job import JobSpec, Profile, load_profile, profile_names
+from cluster.job import JobSpec
+from cluster.places import KubeRaySettings, NodeGroup, RaySettings, SlurmSettings, Volume
+from cluster.profile import Profile, load_profile, profile_names
 
-__all__ = ["JobSpec", "Profile", "load_profile", "profile_names"]
+__all__ = [
+    "JobSpec",
+    "KubeRaySettings",
+    "NodeGroup",
+    "Profile",
+    "RaySettings",
+    "SlurmSettings",
+    "Volume",
+    "load_profile",
+    "profile_names",
+]

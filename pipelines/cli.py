@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipelines.commands import ema, sample
 from pipelines.commands import options as options_of
 from pipelines.commands import run as commands
-from pipelines.commands.options import late
+from pipelines.commands.cost import cost_options
+from pipelines.commands.doctor import doctor_options
+from pipelines.commands.options import STORE, late
+from pipelines.commands.store_outages import from_store
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.ledger import Ledger
-from pipelines.recipe_file import load_any_recipe
+from pipelines.job_start import prepared
 
-if TYPE_CHECKING:
-    from cluster.doctor import Finding
-
-STORE = "ediffi-store"
 _LISTS = ("stages", "shards")  # positional arguments of which there may be any number
 
 
@@ -35,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options) or 0)
     except (UserError, RetryableError, StageFailed) as error:
-        print(f"ediffi: {error}", file=sys.stderr)
+        from pipelines.masking import mask
+
+        print(f"ediffi: {mask(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("ediffi: stopped; run the same command to go on", file=sys.stderr)
@@ -84,94 +79,80 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def doctor(options: argparse.Namespace) -> int:
-    """Ask the machine whether a run would work; exit code 1 if something is wrong."""
-    from cluster.doctor import Needs, examine
-    from pipelines.tracking import default_uri
-
-    store = Ledger.at(options.store).store
-    weights = {}
-    if options.recipe:
-        encoders = load_any_recipe(options.recipe).encoders
-        weights = {
-            name: one.weights
-            for name, one in encoders.items()
-            # open_clip alone knows where it keeps the weights that its tags name
-            if one.family == "transformers" or "/" in one.weights
-        }
-    needs = Needs(
-        # beside an object store, work in flight needs room in the directory for temporary files
-        store_path=store if isinstance(store, Path) else Path(tempfile.gettempdir()),
-        lock_path=Path(__file__).parents[1] / "requirements.lock",
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store),
-        weights=weights,
-    )
-    findings = examine(needs)
-    if not isinstance(store, Path):
-        findings = [one for one in findings if one.name != "store"] + [_object_store(options.store)]
-    for finding in findings:
-        if options.json:
-            print(json.dumps(asdict(finding)))
-            continue
-        print(f"{'ok  ' if finding.ok else 'BAD '} {finding.name:<16} {finding.found}")
-        if not finding.ok:
-            print(f"     {'':<16} -> {finding.remedy}")
-    return 0 if all(finding.ok for finding in findings) else 1
-
-
-def _object_store(store: str) -> Finding:
-    """Can the bucket be reached and written?"""
-    from cluster.doctor import Finding
-
-    try:
-        Ledger.open(store)
-    except UserError as error:
-        remedy = "check the URL, AWS_ENDPOINT_URL and the credentials in the environment"
-        return Finding(name="store", ok=False, found=str(error), remedy=remedy)
-    return Finding(name="store", ok=True, found=f"{store} can be written")
-
-
 COMMANDS: dict[str, tuple[options_of.Command, str, options_of.AddOptions]] = {
     "demo": (
-        commands.demo,
+        from_store(commands.demo),
         "the whole pipeline on the embedded data set",
         options_of.json_option,
     ),
     "plan": (
-        late("plan", "plan"),
+        from_store(late("plan", "plan")),
         "stages, hit or miss and why, and what they would take",
         options_of.plan_options,
     ),
     "network": (
-        late("network", "network"),
+        from_store(late("network", "network")),
         "parameters of every network of a recipe, part by part, beside the paper's",
         options_of.recipe_options,
     ),
-    "run": (commands.run, "run a recipe; run it again to go on", options_of.run_options),
+    "run": (
+        prepared(commands.run),
+        "run a recipe; run it again to go on",
+        options_of.run_options,
+    ),
+    "submit": (
+        late("submit", "submit"),
+        "run a recipe on a cluster",
+        options_of.submit_options,
+    ),
     "embed": (
-        late("embed", "embed"),
+        from_store(late("embed", "embed")),
         "embedding caches of shards, without a recipe for training",
         options_of.embed_options,
     ),
     "status": (
-        commands.status,
-        "what a run did and what is under way",
+        from_store(late("jobs", "status")),
+        "what a job or run did and what is under way",
         options_of.status_options,
+    ),
+    "logs": (
+        from_store(late("jobs", "logs")),
+        "what the driver of a job said, or units of a run",
+        options_of.logs_options,
+    ),
+    "cancel": (
+        from_store(late("jobs", "cancel")),
+        "ask a job or run to save and end",
+        options_of.cancel_options,
+    ),
+    "list": (
+        from_store(late("jobs", "list_all")),
+        "jobs and runs of the store",
+        options_of.list_options,
+    ),
+    "cost": (
+        from_store(late("cost", "cost")),
+        "what a run took, and what the store saved it",
+        cost_options,
     ),
     "sample": (sample.sample, "draw pictures with an ensemble", sample.sample_options),
     "compare": (
-        commands.compare,
+        from_store(commands.compare),
         "settings and figures of runs, side by side",
         options_of.compare_options,
     ),
     "ema": (ema.ema, "another width of average of a snapshot", ema.ema_options),
-    "cache": (options_of.cache, "operate what the store holds", options_of.cache_options),
+    "cache": (
+        from_store(options_of.cache),
+        "operate what the store holds",
+        options_of.cache_options,
+    ),
     "encoders": (
         commands.encoders,
         "fit a CLIP on a recipe's own pictures",
         options_of.encoders_options,
     ),
-    "doctor": (doctor, "is this machine ready?", options_of.doctor_options),
+    "doctor": (late("doctor", "doctor"), "is this machine ready?", doctor_options),
 }
 
 

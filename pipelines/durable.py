@@ -12,12 +12,12 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.location import Location, names_in
+from pipelines.location import Location, names_in, read_text
 
 PROGRESS_FILE = "progress.jsonl"
 GRIDS_FOLDER = "grids"
@@ -31,21 +31,31 @@ class Durable:
     """The durable folder of one attempt; `path` is local.
 
     Use as a context manager: leaving it copies what is new to the store.
+
+    Args:
+        may_copy: called before every copy to an object store; raises what forbids it.
+        new_folder: makes the local folder beside an object store: where it is cleared away if this
+            process is killed.
     """
 
-    def __init__(self, place: Location) -> None:
+    def __init__(
+        self,
+        place: Location,
+        may_copy: Callable[[], None] = lambda: None,
+        new_folder: Callable[[], Path] = lambda: Path(tempfile.mkdtemp(prefix="ediffi-durable-")),
+    ) -> None:
         self._lock = threading.Lock()  # a checkpoint is written, and warned of, in the background
         self._copier: _Copier | None = None
         if isinstance(place, Path):
             self.path = place
             self.path.mkdir(parents=True, exist_ok=True)
             return
-        self.path = Path(tempfile.mkdtemp(prefix="ediffi-durable-"))
+        self.path = new_folder()
         for name in _remote_files(place):
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             place.fs.get_file(f"{place.path}/{name}", str(target))
-        self._copier = _Copier(self.path, place)
+        self._copier = _Copier(self.path, place, may_copy)
 
     def __enter__(self) -> Durable:
         return self
@@ -84,8 +94,10 @@ class _Copier:
         source: where one thread reports and another writes checkpoints meanwhile.
     """
 
-    def __init__(self, source: Path, place: Location) -> None:
-        self._source, self._place = source, place
+    def __init__(
+        self, source: Path, place: Location, may_copy: Callable[[], None] = lambda: None
+    ) -> None:
+        self._source, self._place, self._may_copy = source, place, may_copy
         self._wish = threading.Event()
         self._ends = threading.Event()
         self._error: BaseException | None = None
@@ -120,8 +132,14 @@ class _Copier:
     def copy(self) -> None:
         """Copy what is new, a checkpoint's mark after its files; remove what is gone."""
         assert not isinstance(self._place, Path)
+        self._may_copy()
         fs, root = self._place.fs, self._place.path
         there, here = _remote_files(self._place), _finished_files(self._source)
+        if not self._source.exists():  # else all that is there would go
+            raise FileNotFoundError(
+                f"{self._source}: another driver took this run for ended and cleared its work in "
+                f"flight; what was copied to {self._place} before stays"
+            )
         vanished: set[str] = set()  # checkpoints retired meanwhile
         for name in sorted(here, key=lambda name: (name.endswith(_MARK), name)):
             folder = name.rpartition("/")[0]
@@ -186,7 +204,7 @@ def read_reports(place: Location) -> Reports:
     rows: list[dict[str, float]] = []
     notices: dict[str, None] = {}
     try:
-        text = (place / PROGRESS_FILE).read_text()
+        text = read_text(place / PROGRESS_FILE)
     except FileNotFoundError:
         return Reports(rows, [])
     for line in text.splitlines():

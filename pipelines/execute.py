@@ -13,14 +13,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines import lease
 from pipelines.durable import Durable
 from pipelines.errors import UserError
 from pipelines.fingerprint import changed_parts
+from pipelines.lease import Fenced
 from pipelines.ledger import Ledger
 from pipelines.location import Location, is_remote
-from pipelines.stage import Manifest, Receipt, Stage, Unit, Workspace
+from pipelines.outages import as_retryable
+from pipelines.stage import Manifest, Receipt, Stage, Unit, Workspace, keep_folders_in
 from pipelines.stage_record import StageRecord
-from pipelines.stopping import StopListener
+from pipelines.stopping import LOOK_IN_BUCKET_S, LOOK_S, StopListener
+from pipelines.unit_log import unit_log
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,7 @@ class Task:
     device: str = "cpu"
     earlier: tuple[str, ...] = ()
     is_retry: bool = False  # do the unit again although its receipt holds
+    token: int = 0  # of the driver's lease on the stage; 0: nobody guards it
 
     @property
     def record(self) -> StageRecord:
@@ -48,6 +55,10 @@ class Task:
     @property
     def durable_path(self) -> Location:
         return self.record.durable_path(self.unit.id)
+
+    def check(self) -> None:
+        """Raise Fenced if another driver or attempt has taken the unit over."""
+        lease.check(self.record.directory, self.token, self.unit.id, self.attempt)
 
 
 def execute(
@@ -67,9 +78,23 @@ def execute(
 
     Raises:
         ediffi.train.stop.Stopped: the unit was told to end, and has kept its state.
+        Fenced: another driver or attempt has taken the unit over; nothing was published.
+        RetryableError: the store failed.
         UserError: a gang of several workers works on an object store.
     """
-    ledger, record = Ledger.at(task.store), task.record
+    ledger = Ledger.at(task.store)
+    with as_retryable(ledger.store, f"{task.stage.name}/{task.unit.id}"):
+        return _execute(task, ledger, rank, world_size, tell)
+
+
+def _execute(
+    task: Task,
+    ledger: Ledger,
+    rank: int,
+    world_size: int,
+    tell: Callable[[Mapping[str, float]], None],
+) -> Receipt | None:
+    record = task.record
     if world_size > 1 and is_remote(ledger.store):
         raise UserError(
             f"resources.{task.stage.name}.num_workers must be 1 on {ledger.store}, got "
@@ -82,10 +107,20 @@ def execute(
         if before is not None and before.key == task.unit.key:
             return before
         if (donor := _donor(task.unit, earlier)) is not None:
-            return record.take_over(*donor)
+            return record.take_over(*donor, token=task.token, attempt=task.attempt)
     with ExitStack() as stack:
-        durable = stack.enter_context(Durable(record.durable_path(task.unit.id)))
-        scratch = stack.enter_context(_scratch(ledger))
+        stack.enter_context(unit_log(task, rank=rank))
+        task.check()
+        ledger.discard_local_scratch_of_ended()
+        durable = stack.enter_context(
+            Durable(
+                task.durable_path,
+                may_copy=task.check,
+                new_folder=lambda: ledger.new_scratch(task.run_id),
+            )
+        )
+        scratch = stack.enter_context(_scratch(ledger, task.run_id))
+        keep_folders_in(scratch.parent)  # the run's own, cleared when it is over
         if rank == 0:
             stack.enter_context(_warnings_to(durable.notice))
 
@@ -106,7 +141,7 @@ def execute(
             directory=record.directory,
             report=report,
             notice=durable.notice if rank == 0 else _nobody,
-            should_stop=StopListener.of(ledger.store, task.run_id, rank=rank),
+            should_stop=_Watch(task, StopListener.of(ledger.store, task.run_id, rank=rank), rank),
         )
         return _run(task, workspace, reason=_reason(task, before, earlier))
 
@@ -124,6 +159,7 @@ def _run(task: Task, workspace: Workspace, *, reason: str) -> Receipt | None:
         seconds=time.monotonic() - start,
         attempt=task.attempt,
         reason=reason,
+        token=task.token,
     )
 
 
@@ -147,9 +183,32 @@ class _Inputs(Mapping[str, Manifest]):
         return len(self._addresses)
 
 
+class _Watch:
+    """Says whether to stop; breaks off work that was taken over, before it writes a checkpoint.
+
+    Two writers in one durable folder would be bad for both.
+    """
+
+    def __init__(self, task: Task, listener: StopListener, rank: int) -> None:
+        self._task, self._listener = task, listener
+        self._look_s = LOOK_IN_BUCKET_S if "://" in task.store else LOOK_S
+        self._next_look = time.monotonic() if rank == 0 else float("inf")
+
+    def __call__(self) -> bool:
+        if time.monotonic() >= self._next_look:
+            try:
+                self._task.check()
+            except Fenced:
+                raise
+            except Exception as error:  # each store has its own; publishing looks again
+                _log.warning("could not look whether the lease holds: %s", error)
+            self._next_look = time.monotonic() + self._look_s
+        return self._listener()
+
+
 @contextmanager
-def _scratch(ledger: Ledger) -> Iterator[Path]:
-    path = ledger.new_scratch()
+def _scratch(ledger: Ledger, run_id: str) -> Iterator[Path]:
+    path = ledger.new_scratch(run_id)
     try:
         yield path
     finally:

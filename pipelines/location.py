@@ -7,14 +7,19 @@ every tool of that store reads (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...), never f
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pipelines.errors import UserError
+from pipelines.outages import http_status
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
     Location = Path | UPath
 else:
     Location = Path  # upath costs 0.2 s to import, which a look at a local store can do without
+
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 def location(text: str | Path) -> Location:
@@ -59,6 +66,15 @@ def names_in(place: Location) -> list[str]:
     return [name for name in names if not name.startswith(".")]
 
 
+def read_text(place: Location) -> str:
+    """The whole of a small file in one request: others may replace it meanwhile.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    return place.read_text() if isinstance(place, Path) else place.fs.cat_file(place.path).decode()
+
+
 def write_atomically(place: Location, text: str) -> None:
     """Replace what lies there by `text`; readers see the old bytes or the new, never a mixture."""
     if not isinstance(place, Path):
@@ -74,6 +90,129 @@ def write_atomically(place: Location, text: str) -> None:
         os.replace(aside, place)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def create_exclusively(place: Location, text: str) -> bool:
+    """Make a file that must not be there yet: of any number of writers one succeeds.
+
+    Args:
+        text: the writer's own, equal to no other writer's: if the answer to a request got lost and
+            the request was sent again, the text is how we know the file for ours.
+
+    Returns:
+        Whether the file is ours.
+
+    Raises:
+        UserError: this kind of store has no such operation.
+    """
+    if isinstance(place, Path):
+        is_made = _link_exclusively(place, text)
+    elif place.protocol in ("s3", "s3a"):
+        is_made = _put_exclusively(place, text)
+    else:
+        raise UserError(
+            f"store: {place} lies on {place.protocol}://, where a file cannot be created "
+            "exclusively; drivers need that to keep off each other's stages: use a directory that "
+            "every node mounts, or s3://"
+        )
+    return is_made or _reads(place, text)
+
+
+def _link_exclusively(place: Path, text: str) -> bool:
+    """Give a finished file its name, so that no reader sees half of it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        with aside.open("x") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(aside, place)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _open_exclusively(place, text)
+        return True
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _open_exclusively(place: Path, text: str) -> bool:
+    """The same where there are no links; for a moment readers may see an empty file.
+
+    So does whoever comes after a crash in that moment: empty files stand for none.
+    """
+    try:
+        stream = place.open("x")
+    except FileExistsError:
+        return False
+    try:
+        with stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _put_exclusively(place: UPath, text: str) -> bool:
+    """One conditional put (If-None-Match: *)."""
+    for wait_s in (0.1, 0.2, 0.4, 0.8, None):
+        try:
+            place.fs.pipe_file(place.path, text.encode(), mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            status = http_status(error)
+            if status == 412:
+                return False
+            if status != 409 or wait_s is None:  # 409: another put of it is under way
+                raise
+        time.sleep(wait_s)
+    raise AssertionError("the last round returns or raises")
+
+
+def _reads(place: Location, text: str) -> bool:
+    try:
+        return read_text(place) == text
+    except FileNotFoundError:
+        return False
+
+
+def check_exclusive_create(store: Location) -> None:
+    """Make sure that a store creates files exclusively: drivers keep off each other by it.
+
+    Raises:
+        UserError: it does not, or cannot say.
+    """
+    place = store / ".scratch" / f"exclusive-create-{uuid.uuid4().hex}"
+    try:
+        first, second = create_exclusively(place, "first"), create_exclusively(place, "second")
+        found = read_text(place)
+    finally:
+        place.unlink(missing_ok=True)
+    if (first, second, found) != (True, False, "first"):
+        raise UserError(
+            f"store: {store}: this store ignores conditional writes: of two creates of one file "
+            "the second must be refused; two drivers would work on one stage. Use a store that "
+            "honours If-None-Match (AWS S3, MinIO, Ceph, R2), or a directory that every node mounts"
+        )
+
+
+def store_time(store: Location) -> float:
+    """Epoch seconds by the clock that the times of the store's files are read off."""
+    place = store / ".scratch" / f"time-{uuid.uuid4().hex}"
+    write_atomically(place, "")
+    try:
+        return float(place.stat().st_mtime)
+    finally:
+        place.unlink(missing_ok=True)
 
 
 def publish(source: Path, target: Location) -> None:

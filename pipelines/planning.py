@@ -12,6 +12,7 @@ from pipelines.recipe import CacheRecipe
 from pipelines.stage import Json, Manifest, Stage
 from pipelines.stage_record import StageRecord
 from pipelines.stages import build_stages
+from pipelines.stand_ins import shortfall
 
 MAX_EARLIER = 3  # fingerprints of a stage that are searched for units to take over
 
@@ -52,7 +53,7 @@ def plan(recipe: CacheRecipe, ledger: Ledger) -> list[PlannedStage]:
             raise UserError(f"{stage.name}: {error}") from error
         record = ledger.stage(stage.name, address)
         manifest = record.manifest() if record.is_complete else None
-        reasons = _why_stale(manifest, stage, found)
+        reasons = _why_stale(manifest, stage, found) or _why_short(manifest, stage)
         earlier: tuple[str, ...] = ()
         if manifest is None:
             earlier = _earlier(ledger, stage.name, address)
@@ -96,6 +97,12 @@ def _why_stale(
     )
 
 
+def _why_short(manifest: Manifest | None, stage: Stage) -> tuple[str, ...]:
+    """Why a finished stage is not enough: something stands in for units this recipe wants."""
+    why = shortfall(stage, manifest) if manifest is not None else ""
+    return (why,) if why else ()
+
+
 def _why_missing(
     stage: Stage, inputs: Mapping[str, str], record: StageRecord, ledger: Ledger
 ) -> tuple[str, ...]:
@@ -110,6 +117,10 @@ def _why_missing(
 
 def _earlier(ledger: Ledger, name: str, address: str) -> tuple[str, ...]:
     """Older fingerprints of a stage, newest first."""
-    others = [record for record in ledger.records(name) if record.fingerprint != address]
+    others = [
+        record
+        for record in ledger.records(name)
+        if record.fingerprint != address and record.is_begun
+    ]
     others.sort(key=lambda one: (one.directory / "identity.json").stat().st_mtime, reverse=True)
     return tuple(record.fingerprint for record in others[:MAX_EARLIER])

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from pipelines.masking import masker
+
 LINE_EVERY_S = 10.0
 
 
@@ -27,6 +29,7 @@ class Progress:
             TextColumn("{task.fields[note]}"),
             console=self._console,
         )
+        self._mask = masker()
         self._ids: dict[str, TaskID] = {}
         self._num_units: dict[str, int] = {}
         self._next_line: dict[str, float] = {}
@@ -41,8 +44,8 @@ class Progress:
             self._bars.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the bars."""
-        self._console.print(text, markup=False)
+        """Print a line above the bars, without secrets."""
+        self._console.print(self._mask(text), markup=False)
 
     def cached(self, stage: str) -> None:
         self.say(f"{stage}: cached")
@@ -51,7 +54,9 @@ class Progress:
         self._num_units[stage] = num_units
         if num_reused:
             self.say(f"{stage}: {num_reused} of {num_units} units were done already")
-        if self._is_terminal:
+        if self._is_terminal and stage in self._ids:  # it was given up, and goes on
+            self._bars.update(self._ids[stage], total=num_units, completed=num_reused)
+        elif self._is_terminal:
             self._ids[stage] = self._bars.add_task(
                 stage, total=num_units, completed=num_reused, note=""
             )

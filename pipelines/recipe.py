@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
+from pipelines.recipe_custom import CustomStage, check_names
 from pipelines.recipe_data import (
     Data,
     Fraction,
     HeldOut,
     Name,
-    NonNegative,
     PictureFolder,
     Pictures,
     Positive,
@@ -24,6 +24,7 @@ from pipelines.recipe_data import (
 )
 from pipelines.recipe_evaluation import ClipFeatures, Evaluation
 from pipelines.recipe_model import Network, Noise
+from pipelines.recipe_resources import Resources
 from pipelines.recipe_sampling import Sampling
 from pipelines.recipe_super_resolution import SuperResolution, check_cascade
 from pipelines.recipe_training import Experts, Interval, TrainConfig
@@ -35,6 +36,7 @@ __all__ = [
     "Pictures",
     "ReadyShards",
     "Recipe",
+    "Resources",
     "UrlList",
 ]
 
@@ -82,18 +84,7 @@ class ClipFit(Section):
     lr: Positive = 2e-3
 
 
-# -- resources ----------------------------------------------------------------------------------
-
-
-class Resources(Section):
-    """What one unit of a stage takes, and how stubbornly it is tried."""
-
-    num_workers: PositiveInt = 1  # workers of one training gang
-    cpus: NonNegative = 1.0
-    gpus: NonNegative = 0.0
-    attempts: PositiveInt = 3
-    stop_deadline_s: Positive = 60.0  # when the run is told to end, training may save so long
-
+# -- stages -------------------------------------------------------------------------------------
 
 STAGES = (
     *("ingest", "clip_fit", "embed", "base", "experts"),
@@ -110,14 +101,24 @@ class CacheRecipe(Section):
     data: Data
     clip_fit: ClipFit | None = None
     encoders: dict[Name, Encoder] = Field(min_length=1)
+    custom_stages: dict[Name, CustomStage] = Field(default_factory=dict)
     resources: dict[str, Resources] = Field(default_factory=dict)
+
+    @field_validator("custom_stages")
+    @classmethod
+    def _free_names(cls, value: dict[str, CustomStage]) -> dict[str, CustomStage]:
+        check_names(value, STAGES)
+        return value
 
     @field_validator("resources")
     @classmethod
-    def _known_stages(cls, value: dict[str, Resources]) -> dict[str, Resources]:
+    def _known_stages(
+        cls, value: dict[str, Resources], info: ValidationInfo
+    ) -> dict[str, Resources]:
+        known = (*STAGES, *info.data.get("custom_stages", ()))
         for name in value:
-            if name not in STAGES:
-                raise ValueError(f"no stage {name!r}; stages: {', '.join(STAGES)}")
+            if name not in known:
+                raise ValueError(f"no stage {name!r}; stages: {', '.join(known)}")
         return value
 
     @model_validator(mode="after")

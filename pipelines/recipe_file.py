@@ -77,6 +77,7 @@ def _document(source: str, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         _apply(document, override)
     _pass_seed_on(document)
+    _pass_path_on(document, source)
     return document
 
 
@@ -103,6 +104,20 @@ def _pass_seed_on(document: dict[str, Any]) -> None:
     for section in (document.get("base"), *trained):
         if _is_dict(section):
             section.setdefault("seed", document.get("seed", 0))
+
+
+def _pass_path_on(document: dict[str, Any], source: str) -> None:
+    """Custom stages that name no directory are imported from the recipe's, if they lie there.
+
+    Others are installed, and have no directory that could be missing elsewhere.
+    """
+    stages, folder = document.get("custom_stages"), Path(source).parent.absolute()
+    for section in stages.values() if _is_dict(stages) else ():
+        if _is_dict(section) and Path(source).is_file():
+            module = str(section.get("class")).partition(":")[0]
+            place = folder.joinpath(*module.split("."))
+            if place.with_suffix(".py").is_file() or (place / "__init__.py").is_file():
+                section.setdefault("path", str(folder))
 
 
 def _is_dict(value: Any) -> TypeGuard[dict[str, Any]]:
@@ -225,7 +240,9 @@ def _fields_at(annotation: Any, location: Sequence[str]) -> list[str]:
 def _field_types(annotation: Any) -> Iterator[dict[str, Any]]:
     """Fields by name of every model inside an annotation; `*` stands for any key of a dict."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield {name: field.annotation for name, field in annotation.model_fields.items()}
+        yield {
+            field.alias or name: field.annotation for name, field in annotation.model_fields.items()
+        }
     elif isinstance(annotation, type) and is_dataclass(annotation):
         yield dict(typing.get_type_hints(annotation))
     elif typing.get_origin(annotation) is dict:

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, field_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from ediffi.noise import (
     NoiseInterval,
@@ -76,6 +83,7 @@ class ExpertRun:
 
 
 NamedSplit = Literal["paper", "halves"]
+_NUM_NAMED: dict[str, int] = {"paper": 3, "halves": 2}
 
 
 def named_intervals(split: NamedSplit, distribution: SigmaDistribution) -> dict[str, NoiseInterval]:
@@ -98,6 +106,8 @@ class Experts(Section):
     start_optimizer: Literal["fresh", "inherit"] = "fresh"
     start_ema: Literal["restart", "inherit"] = "restart"
     level: Mapping[str, Any] = {}  # growth levels: fields of `train` that are others at a level
+    # When so many are trained and the others have failed for good, their parent stands in for them.
+    min_success: PositiveInt | Literal["all"] = "all"
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -105,6 +115,12 @@ class Experts(Section):
         _changed(self.train, self.level, "experts.level")
         for interval in () if isinstance(self.split, str) else self.split:
             _changed(self.train, interval.train, f"experts.split, train of {interval.name!r}")
+        num_experts = _NUM_NAMED[self.split] if isinstance(self.split, str) else len(self.split)
+        if self.min_success != "all" and self.min_success > num_experts:
+            raise ValueError(
+                f"experts.min_success must be at most the number of experts, {num_experts}, or "
+                f"'all', got {self.min_success}"
+            )
         if self.level and self.growth == "direct":
             raise ValueError("experts.level counts only with growth 'levels': set it, or drop it")
         return self

@@ -1,35 +1,40 @@
 """The driver: a disposable loop that hands units to Ray until every stage has its manifest.
 
 It keeps nothing that matters: what is done stands in the ledger, so killing it at any moment and
-running the same command again finishes the work without redoing finished units.
+running the same command again finishes the work without redoing finished units. A stage is worked
+on by the driver that holds its lease; the others wait for its manifest.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
-import ray
-
-from pipelines.errors import RetryableError, StageFailed
+from pipelines import lease
+from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.execute import Task
-from pipelines.failures import is_hopeless, is_passing, root_message, stopped
-from pipelines.fingerprint import unit_key
-from pipelines.gang import run_gang
+from pipelines.flights import Flights
+from pipelines.head_watch import HeadWatch
+from pipelines.lease import Fenced, Held
 from pipelines.ledger import Ledger
-from pipelines.planning import PlannedStage, contents_of, describe
-from pipelines.pool import WorkerPool
+from pipelines.planning import PlannedStage
+from pipelines.processes import Owner
 from pipelines.progress import Progress
-from pipelines.ray_cluster import check_room
+from pipelines.ray_cluster import check_room, is_joined
 from pipelines.recipe import CacheRecipe
-from pipelines.stage import Manifest, Receipt, Unit
-from pipelines.stage_state import StageState, kept, report
+from pipelines.retries import Retries
+from pipelines.saving import let_training_save
+from pipelines.stage import Manifest, Receipt
+from pipelines.stage_jobs import StageJobs
+from pipelines.stage_state import StageState, kept, report, stood_in
+from pipelines.stage_work import StageWork
 from pipelines.stopping import Interruption, StopMark
 from pipelines.tracking import Tracker
 from pipelines.unit_reports import UnitReports
 
 POLL_S = 0.25
+LOOK_ELSEWHERE_S = 2.0  # between two looks at a stage that somebody else works on
 NUM_REASONS_SHOWN = 5  # units of a stage whose reason is told
 
 
@@ -39,6 +44,9 @@ class Runner:
     Args:
         retry: by stage, units to do again although they have a receipt.
         interruption: says when somebody wants the run to end.
+        owner: who holds the leases; by default this process.
+        busy: what to do about a stage that another driver works on.
+        stage_jobs: drives the stages that the recipe leaves to jobs of their own.
     """
 
     def __init__(
@@ -52,8 +60,12 @@ class Runner:
         progress: Progress,
         retry: Mapping[str, frozenset[str]] | None = None,
         interruption: Interruption | None = None,
+        owner: Owner | None = None,
+        busy: Literal["wait", "leave"] = "wait",
+        stage_jobs: StageJobs | None = None,
     ) -> None:
-        self._ledger, self._run_id, self._retry = ledger, run_id, retry or {}
+        self._ledger, self._run_id, self._busy = ledger, run_id, busy
+        self._owner = owner or Owner.of_this_process(run_id)
         self._tracker, self._progress = tracker, progress
         self._reports = UnitReports(tracker, progress)
         self._interruption = interruption or Interruption()
@@ -61,9 +73,11 @@ class Runner:
             one.name: StageState(planned=one, resources=recipe.resources_of(one.name))
             for one in planned
         }
-        self._manifests: dict[str, Manifest] = {}
-        self._in_flight: dict[ray.ObjectRef, tuple[StageState, Task]] = {}
-        self._pool = WorkerPool()
+        self._work = StageWork(ledger=ledger, run_id=run_id, retry=retry or {})
+        self._flights = Flights(ledger.scratch_of(run_id))
+        self._retries = Retries(self._flights, progress)
+        self._jobs = stage_jobs or StageJobs(recipe, ledger, run_id=run_id, say=progress.say)
+        self._next_look_elsewhere = 0.0
 
     def run(self) -> None:
         """Run until every stage is over.
@@ -71,23 +85,57 @@ class Runner:
         Raises:
             StageFailed: a stage failed; names it, its units and what each said.
             RetryableError: the same, when nothing but the surroundings failed; or SIGTERM, after
-                training has saved.
-            UserError: a stage asks for more than the cluster has.
+                training has saved; or the cluster's head is gone; or another driver works on a
+                stage, and we shall not wait.
+            UserError: a stage asks for more than the cluster has that was started for this run, or
+                cannot be planned.
             KeyboardInterrupt: Ctrl-C, after training has saved.
         """
+        head = HeadWatch.of_this_cluster()
         for state in self.states.values():
             if not state.planned.is_hit:
-                check_room(state.name, state.resources, state.num_workers)
-        while not all(state.is_over for state in self.states.values()):
-            if self._interruption.error is not None:
-                self._let_training_save()
-                raise self._interruption.error
-            self._start_ready_stages()
-            self._dispatch()
-            self._collect()
-            self._show_progress()
-        self._show_progress(force=True)
+                self._check_room(state)
+        try:
+            while not all(state.is_over for state in self.states.values()):
+                if (wish := self._interruption.look()) is not None:
+                    self._let_training_save()
+                    raise wish
+                if not head.answers() or not self._step():
+                    time.sleep(POLL_S)
+            self._show_progress(force=True)
+            self._jobs.await_end()
+        finally:
+            self._flights.count_rest()
+            if head.is_there:  # else Ray would wait for it
+                self._flights.retire()
+            for state in self.states.values():
+                state.release()
         self._raise_failures()
+
+    def _check_room(self, state: StageState) -> None:
+        """Refuse what can never begin; in a cluster of others' nodes may come, or come back."""
+        try:
+            check_room(state.name, state.resources, state.num_workers)
+        except UserError as error:
+            if not is_joined():
+                raise
+            deadline_s = state.resources.start_deadline_s
+            limit = "without end" if deadline_s == "none" else f"at most {deadline_s:g} s"
+            self._progress.say(f"{error}; waits for nodes, {limit}")
+
+    def _step(self) -> bool:
+        """Once around; returns whether anything happened, or a unit in flight was waited for."""
+        before = [state.state for state in self.states.values()]
+        self._start_ready_stages()
+        self._look_elsewhere()
+        sent = self._flights.dispatch(self.states.values())
+        for task in sent:
+            self._reports.begin(self.states[task.stage.name], task)
+        had_flights = bool(self._flights)
+        self._collect()
+        self._show_progress()
+        now = [state.state for state in self.states.values()]
+        return bool(sent) or had_flights or now != before
 
     # -- stages ----------------------------------------------------------------------------------
 
@@ -101,172 +149,153 @@ class Runner:
                     self._start(state)
 
     def _start(self, state: StageState) -> None:
-        planned = state.planned
-        inputs = {name: self._manifests[name] for name in planned.inputs}
-        contents = contents_of(planned.inputs, inputs)
-        if planned.record.is_complete and state.name not in self._retry:
-            manifest = planned.record.manifest()
-            if manifest.input_contents == contents:
-                self._take_cached(state, manifest)
-                return
+        """Take what is there, or the lease; else somebody else has it, and is waited for."""
+        if (manifest := self._work.found(state.planned)) is not None:
+            self._take_cached(state, manifest)
+            return
+        if self._is_left_to_job(state, self._jobs.is_at_work):
+            return
+        held = lease.acquire(state.planned.record.directory, self._owner)
+        if isinstance(held, Held):
+            self._wait_for(state, held)
+            return
+        state.lease = held
+        if (manifest := self._work.found(state.planned)) is not None:  # finished just now
+            self._take_cached(state, manifest)
+            return
+        if self._is_left_to_job(state, self._jobs.submit):  # which takes the lease itself
+            state.release()
+            return
+        self._begin(state)
+
+    def _begin(self, state: StageState) -> None:
+        """Work on a stage whose lease is ours."""
         state.state, state.started = "running", time.monotonic()
-        self._tracker.stage_started(planned, inputs)
-        trusted = planned.record.open(describe(planned.stage, planned.inputs), contents)
-        done = planned.record.done_units()
-        state.num_units = sum(1 for _ in self._units(planned))
-        state.pending = self._pending(state, done, trusted)
-        has_work = state.has_next()  # finds the units that need nothing on the way
+        self._tracker.stage_started(state.planned, self._work.inputs(state.planned))
+        try:
+            self._work.open(state)
+            state.has_next()  # finds the units that need nothing on the way
+        except UserError as error:  # a user's own stage, or a file of the store
+            self._fail(state, UserError(f"stage {state.name}: {error}"))
+            return
         self._progress.started(state.name, state.num_units, state.num_kept)
-        if not has_work:
-            self._finish_if_done(state)
+        self._finish_if_done(state)
 
     def _take_cached(self, state: StageState, manifest: Manifest) -> None:
-        state.state = "cached"
-        self._manifests[state.name] = manifest
+        state.state, state.num_units = "cached", manifest.num_units
+        state.release()
+        self._jobs.note_done(state)
+        self._work.manifests[state.name] = manifest
         self._tracker.stage_cached(state.planned, manifest)
         self._progress.cached(state.name)
 
-    def _units(self, planned: PlannedStage) -> Iterator[Unit]:
-        """The stage's units; those without a key of their own belong to these input contents."""
-        inputs = {name: self._manifests[name] for name in planned.inputs}
-        key = unit_key(planned.fingerprint, inputs=contents_of(planned.inputs, inputs))
-        for unit in planned.stage.plan(inputs):
-            yield unit if unit.key else replace(unit, key=key)
-
-    def _pending(self, state: StageState, done: set[str], trusted: bool) -> Iterator[Task]:
-        """Tasks for the units that have no receipt, or one that no longer holds."""
-        record = state.planned.record
-        retry = self._retry.get(state.name, frozenset())
-        for unit in self._units(state.planned):
-            if unit.id in retry:
-                yield replace(self._task(state.planned, unit), is_retry=True)
-                continue
-            if unit.id in done:
-                receipt = None if trusted else record.receipt(unit.id)
-                if trusted or (receipt is not None and receipt.key == unit.key):
-                    state.num_kept += 1
-                    state.num_done += 1
-                    continue
-            yield self._task(state.planned, unit)
-
-    def _task(self, planned: PlannedStage, unit: Unit) -> Task:
-        return Task(
-            store=str(self._ledger.store),
-            stage=planned.stage,
-            fingerprint=planned.fingerprint,
-            inputs=planned.inputs,
-            unit=unit,
-            run_id=self._run_id,
-            device="cuda" if self.states[planned.name].resources.gpus else "cpu",
-            earlier=planned.earlier,
-        )
-
     def _finish_if_done(self, state: StageState) -> None:
-        if state.num_in_flight or state.state != "running" or state.has_next():
+        if state.state != "running" or state.has_work():
             return
         try:
-            if state.failures:
+            if state.failures and not self._work.put_stand_ins(state):
                 raise StageFailed(report(state))
-            if self._amend(state):
+            if self._work.amend(state):
                 return
-            manifest = self._complete(state)
-        except StageFailed as error:
-            state.state = "failed"
-            state.is_hopeless |= not state.failures  # the stage's own check refused its result
-            state.failures.setdefault("", str(error))
-            self._tracker.stage_failed(state.name, str(error))
-            self._progress.failed(state.name)
+            manifest = self._work.complete(state)
+        except Fenced as error:
+            self._give_up(state, str(error))
+        except (StageFailed, UserError) as error:
+            self._fail(state, error)
         else:
             state.state = "ran"
             state.seconds = time.monotonic() - state.started
-            self._manifests[state.name] = manifest
+            state.release()
+            self._work.manifests[state.name] = manifest
+            self._tracker.stage_finished(manifest, state.curves)
             self._progress.finished(state.name, state.seconds, kept(state))
+            if state.failures:
+                self._progress.say(stood_in(state))
 
-    def _amend(self, state: StageState) -> bool:
-        """Queue the units that the stage wants done again now that it can see all of them."""
-        amend = getattr(state.planned.stage, "amend", None)
-        if amend is None:
+    def _fail(self, state: StageState, error: StageFailed | UserError) -> None:
+        state.state, state.is_users_error = "failed", isinstance(error, UserError)
+        message = str(error)
+        state.is_hopeless |= not state.failures  # the stage's own check refused its result
+        state.failures.setdefault("", message)
+        state.drop_waiting()
+        state.release()
+        self._tracker.stage_failed(state.name, message)
+        self._progress.failed(state.name)
+
+    # -- stages that somebody else works on ------------------------------------------------------
+
+    def _is_left_to_job(self, state: StageState, act: Callable[[StageState], bool]) -> bool:
+        """Whether a job of the stage's own is at work, or has failed, after `act` on it."""
+        if state.name in self._work.retry or not self._jobs.is_wanted(state):
             return False
-        record = state.planned.record
-        units = amend(self._receipts(state.planned), record.directory)
-        for unit in units:
-            record.forget(unit.id)
-            state.queue.append(self._task(state.planned, unit))
-            state.num_done -= 1
-        return bool(units)
+        try:
+            if not act(state):
+                return False
+            state.state = "elsewhere"
+            if self._busy == "leave" and (who := self._jobs.other_run(state)):
+                self._leave(state, who)
+        except (StageFailed, UserError) as error:
+            self._fail(state, error)
+        except RetryableError as error:
+            self._fail_for_now(state, str(error))
+        return True
 
-    def _receipts(self, planned: PlannedStage) -> Iterator[Receipt]:
-        for unit in planned.stage.plan({name: self._manifests[name] for name in planned.inputs}):
-            receipt = planned.record.receipt(unit.id)
-            assert receipt is not None, f"{planned.name}: unit {unit.id} has no receipt"
-            yield receipt
+    def _leave(self, state: StageState, who: str) -> None:
+        why = "works on it; run again once that has ended, or let this command wait for it"
+        self._fail_for_now(state, f"stage {state.name}: {who} {why}")
 
-    def _complete(self, state: StageState) -> Manifest:
-        planned = state.planned
-        check = getattr(planned.stage, "check", None)
-        if check is not None:
-            check(self._receipts(planned))
-        inputs = {name: self._manifests[name] for name in planned.inputs}
-        manifest = planned.record.complete(
-            state.name,
-            describe(planned.stage, planned.inputs),
-            planned.inputs,
-            contents_of(planned.inputs, inputs),
-            (unit.id for unit in planned.stage.plan(inputs)),
-            self._run_id,
-        )
-        self._tracker.stage_finished(manifest, state.curves)
-        return manifest
+    def _fail_for_now(self, state: StageState, message: str) -> None:
+        """End a stage for this run because of something that may pass."""
+        state.state = "failed"
+        state.failures[""] = message
+        self._progress.failed(state.name)
+
+    def _wait_for(self, state: StageState, held: Held) -> None:
+        if self._busy == "leave":
+            self._leave(state, str(held))
+            return
+        if state.state != "elsewhere" or state.holder != held.owner:
+            self._progress.say(f"{state.name}: {held} works on it; waits for it")
+        state.state, state.holder = "elsewhere", held.owner
+
+    def _look_elsewhere(self) -> None:
+        """See whether what others work on is finished, or free; and whether ours still is ours."""
+        for state in self.states.values():
+            if state.state == "running" and state.lease is not None and state.lease.lost:
+                self._give_up(state, "another run has taken the stage over")
+        if time.monotonic() < self._next_look_elsewhere:
+            return
+        self._next_look_elsewhere = time.monotonic() + LOOK_ELSEWHERE_S
+        for state in self.states.values():
+            if state.state == "elsewhere":
+                self._start(state)
+                if state.state == "running":
+                    self._progress.say(f"{state.name}: is free again; goes on here")
+
+    def _give_up(self, state: StageState, why: str) -> None:
+        """Stop working on a stage that is not ours any more, and wait for who has it."""
+        self._flights.end_all(state)
+        state.drop_waiting()
+        state.release()
+        state.begin_anew()
+        state.state = "elsewhere"
+        self._tracker.stage_failed(state.name, why)
+        self._progress.say(f"{state.name}: stopped here: {why}")
 
     # -- units -----------------------------------------------------------------------------------
 
-    def _dispatch(self) -> None:
-        running = [s for s in self.states.values() if s.state == "running" and s.has_next()]
-        pooled = [state for state in running if state.num_workers == 1]
-        for state in pooled:
-            while state.has_next():
-                reference = self._pool.dispatch(state.queue[0], state.resources)
-                if reference is None:
-                    break
-                self._took(state, reference)
-        if not any(state.queue for state in pooled):
-            self._pool.retire_idle()
-        for state in running:
-            while state.num_workers > 1 and state.has_next():
-                self._took(state, run_gang.remote(state.queue[0], state.resources))
-
-    def _took(self, state: StageState, reference: ray.ObjectRef) -> None:
-        task = state.queue.popleft()
-        self._in_flight[reference] = (state, task)
-        state.num_in_flight += 1
-        self._reports.begin(state, task)
-
     def _collect(self) -> None:
-        if not self._in_flight:
-            return
-        ready, _ = ray.wait(list(self._in_flight), num_returns=1, timeout=POLL_S)
-        for reference in ready:
-            state, task = self._in_flight.pop(reference)
-            state.num_in_flight -= 1
-            try:
-                receipt = self._result(reference, state)
-            except ray.exceptions.RayError as error:  # any failure of a unit; SIGTERM is none
-                self._retry_or_fail(state, task, error)
-            else:
-                self._note(state, task, receipt)
+        landed = self._flights.collect(POLL_S) + self._flights.stranded(self.states.values())
+        for landing in landed:
+            state = landing.state
+            if state.state != "running":
+                continue  # given up meanwhile
+            if landing.error is None:
+                assert landing.receipt is not None
+                self._note(state, landing.task, landing.receipt)
+            elif (lost := self._retries.after(landing, landing.error)) is not None:
+                self._give_up(state, str(lost))
             self._finish_if_done(state)
-
-    def _result(self, reference: ray.ObjectRef, state: StageState) -> Receipt:
-        is_lost = False
-        try:
-            return ray.get(reference)
-        except ray.exceptions.RayError as error:
-            # A worker that was told to end has kept its state; its process is about to go.
-            is_lost = isinstance(error, ray.exceptions.RayActorError) or bool(stopped(error))
-            raise
-        finally:
-            if state.num_workers == 1:
-                self._pool.release(reference, lost=is_lost)
 
     def _note(self, state: StageState, task: Task, receipt: Receipt) -> None:
         """Count a finished unit; keep its last rows and why it was done."""
@@ -279,58 +308,26 @@ class Runner:
                 self._progress.say(f"{state.name}/{task.unit.id}: done again: {receipt.reason}")
         self._reports.send(state, task)
 
-    def _retry_or_fail(self, state: StageState, task: Task, error: Exception) -> None:
-        message = root_message(error)
-        if (word := stopped(error)) is not None:
-            self._progress.say(f"{state.name}/{task.unit.id}: {word}")
-            state.queue.append(task)  # no failure: it goes on, here or in the next run
-        elif task.attempt < state.resources.attempts and not is_hopeless(error):
-            self._progress.say(
-                f"{state.name}/{task.unit.id}: attempt {task.attempt} of "
-                f"{state.resources.attempts} failed: {message}"
-            )
-            state.queue.append(replace(task, attempt=task.attempt + 1))
-        else:
-            state.failures[task.unit.id] = message
-            state.is_hopeless |= not is_passing(error)
-            self._progress.say(f"{state.name}/{task.unit.id} failed: {message}")
-
     def _let_training_save(self) -> None:
-        """Ask the units that can keep their state to do so, and give them their time.
-
-        The others are not waited for: what they have begun is short and done again.
-        """
-        units = self._saving()
-        if not units:
-            return
-        names = ", ".join(f"{name} ({deadline_s:g} s)" for name, deadline_s in units.items())
-        self._progress.say(f"told to end: waits for {names} to save; once more to leave at once")
         mark = StopMark(self._ledger.store, self._run_id)
-        started = time.monotonic()
-        try:
-            mark.put()
-            while any(time.monotonic() - started < units[name] for name in self._saving()):
-                self._collect()
-                self._show_progress()
-        finally:
-            mark.remove()
-        for name in self._saving():
-            self._progress.say(f"{name} has not saved in time; its last checkpoint counts")
 
-    def _saving(self) -> dict[str, float]:
-        """Units in flight that can save, with the seconds they may take."""
-        return {
-            f"{state.name}/{task.unit.id}": state.resources.stop_deadline_s
-            for state, task in self._in_flight.values()
-            if state.can_stop
-        }
+        def turn() -> None:
+            self._collect()
+            self._show_progress()
+
+        self._jobs.stop()
+        let_training_save(self._flights, mark, self._progress.say, turn)
+        self._jobs.await_end()
 
     def _show_progress(self, *, force: bool = False) -> None:
-        self._reports.show(self.states.values(), self._in_flight.values(), force=force)
+        self._reports.show(self.states.values(), self._flights, force=force)
 
     def _raise_failures(self) -> None:
         failed = [state for state in self.states.values() if state.state == "failed"]
         if failed:
             text = "\n".join(state.failures[""] for state in failed)
-            passing = not any(state.is_hopeless for state in failed)
-            raise RetryableError(text) if passing else StageFailed(text)
+            if not any(state.is_hopeless for state in failed):
+                raise RetryableError(text)
+            raise (
+                UserError(text) if all(one.is_users_error for one in failed) else StageFailed(text)
+            )

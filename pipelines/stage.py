@@ -20,14 +20,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.location import Location, location
+from pipelines.errors import Damaged
+from pipelines.location import Location, location, read_text
 
 Json = Any  # what json.loads gives back
 
 RECEIPTS_FILE = "receipts.jsonl"  # of a finished stage, in the order of its units
 _FOLDERS: dict[str, Path] = {}  # fetched by this process; gone when it ends
+_place_of_folders: Path | None = None  # None: where temporary files go
 CIRCUMSTANCES_FILE = "made.json"  # who made a finished stage, when and how long it took
 _CIRCUMSTANCES = ("timings", "seconds", "attempt", "host", "taken_from", "reason")
+
+
+def keep_folders_in(place: Path) -> None:
+    """Where this process puts its copies of published folders: it may be killed, and leave them."""
+    global _place_of_folders
+    _place_of_folders = place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +64,16 @@ class File:
     @property
     def is_adopted(self) -> bool:
         """Whether it lies where somebody else put it."""
-        return self.path.startswith("/") or "://" in self.path
+        return is_adopted(self.path)
 
     def place(self, directory: Location) -> Location:
         """Where it lies, for a stage in `directory`."""
         return location(self.path) if "://" in self.path else directory / self.path
+
+
+def is_adopted(path: str) -> bool:
+    """Whether a file of a receipt lies where somebody else put it."""
+    return path.startswith("/") or "://" in path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +131,26 @@ class ReceiptFile:
     path: Location
 
     def __iter__(self) -> Iterator[Receipt]:
-        with self.path.open() as stream:
-            for line in stream:
-                yield Receipt.from_json(json.loads(line))
+        """Raises Damaged where a line is no receipt, or the file is gone."""
+        try:
+            stream = self.path.open()
+        except FileNotFoundError as error:
+            raise self._damaged("the receipts of a finished stage must be there") from error
+        with stream:
+            for number, line in enumerate(stream, start=1):
+                try:
+                    receipt = Receipt.from_json(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise self._damaged(
+                        f"line {number} must be the receipt of a unit, found something else "
+                        f"({type(error).__name__}: {error})"
+                    ) from error
+                yield receipt
+
+    def _damaged(self, why: str) -> Damaged:
+        return Damaged(
+            f"{self.path}: {why}; `ediffi cache repair` gathers them again from those of each unit"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +216,7 @@ class Manifest:
         return _FOLDERS[address]
 
     def _fetch_folder(self, name: str) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="ediffi-folder-"))
+        folder = Path(tempfile.mkdtemp(prefix="ediffi-folder-", dir=_place_of_folders))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         for receipt in self.receipts:
             for file in receipt.files:
@@ -242,17 +272,27 @@ class Manifest:
 
         Raises:
             FileNotFoundError: the stage is unfinished.
-            ValueError: another version of ediffi wrote it.
+            Damaged: another version of ediffi wrote it, or it is half there.
         """
-        data = json.loads((directory / "manifest.json").read_text())
-        if (found := data.pop("format", None)) != 2:
-            raise ValueError(
-                f"{directory / 'manifest.json'}: format must be 2, found {found!r}: made by "
-                "another version of ediffi; use that one, or another store"
-            )
-        made = json.loads((directory / CIRCUMSTANCES_FILE).read_text())
-        totals = Totals(**data.pop("totals"))
-        return cls(directory=directory, totals=totals, **data, **made)
+        path = directory / "manifest.json"
+        text = read_text(path)
+        try:
+            data = json.loads(text)
+            if (found := data.pop("format", None)) != 2:
+                raise Damaged(
+                    f"{path}: format must be 2, found {found!r}: made by another version of "
+                    "ediffi; use that one, or another store"
+                )
+            made = json.loads(read_text(directory / CIRCUMSTANCES_FILE))
+            totals = Totals(**data.pop("totals"))
+            return cls(directory=directory, totals=totals, **data, **made)
+        except Damaged:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+            raise Damaged(
+                f"{path}, or {CIRCUMSTANCES_FILE} beside it: damaged: {type(error).__name__}: "
+                f"{error}; `ediffi cache repair` makes it again from the receipts of its units"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,19 +11,22 @@ import json
 import os
 import tempfile
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipelines import lease
+from pipelines.errors import Damaged, RetryableError
 from pipelines.fingerprint import canonical, file_sha256
 from pipelines.location import (
     Location,
+    create_exclusively,
     duplicate,
     names_in,
     publish,
+    read_text,
     remove_tree,
     write_atomically,
 )
@@ -38,6 +41,8 @@ from pipelines.stage import (
     Totals,
     Unit,
 )
+from pipelines.stage_names import DURABLE_FOLDER, check_file_name
+from pipelines.unit_timings import UnitTimings
 
 
 def now() -> str:
@@ -61,6 +66,11 @@ class StageRecord:
         return (self.directory / "manifest.json").exists()
 
     @property
+    def is_begun(self) -> bool:
+        """Whether it was noted what this folder stands for: no unit is done before that."""
+        return (self.directory / "identity.json").exists()
+
+    @property
     def fingerprint(self) -> str:
         return self.directory.name
 
@@ -76,42 +86,84 @@ class StageRecord:
             their keys say, now and after any crash.
         """
         path = self.directory / "identity.json"
-        noted = self._noted()
+        noted = self.noted()
         if noted is not None:
             if noted["input_contents"] == dict(input_contents):
                 return self.is_trusted(input_contents)
             (self.directory / "manifest.json").unlink(missing_ok=True)
-            remove_tree(self.directory / "durable")
+            remove_tree(self.directory / DURABLE_FOLDER)
+        is_new = noted is None and not self.done_units()  # else somebody removed what was noted
         document = {"identity": identity, "input_contents": dict(input_contents)}
-        write_atomically(path, dump({**document, "is_trusted": noted is None}))
-        return noted is None
+        write_atomically(path, dump({**document, "is_trusted": is_new}))
+        return is_new
 
     def is_trusted(self, input_contents: Mapping[str, str]) -> bool:
         """Whether all receipts here were made from these contents, without a look at their keys."""
-        noted = self._noted() or {"input_contents": None}
+        noted = self.noted() or {"input_contents": None}
         return noted["input_contents"] == dict(input_contents) and bool(noted.get("is_trusted"))
 
-    def _noted(self) -> Json:
-        """What `open` wrote; None if it never did."""
+    def noted(self) -> Json:
+        """What `open` wrote; None if it never did.
+
+        Raises:
+            Damaged: it is half there, or something else wrote it.
+        """
+        path = self.directory / "identity.json"
         try:
-            return json.loads((self.directory / "identity.json").read_text())
+            noted = json.loads(read_text(path))
+            _ = noted["identity"].items(), noted["input_contents"]
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(
+                f"{path}: must say what this stage stands for, found something else ({error}); "
+                "remove this file and run again: every unit's receipt is then judged by its key"
+            ) from error
+        return noted
 
     def receipt(self, unit_id: str) -> Receipt | None:
-        """The unit's receipt, or None if it is not done."""
+        """The unit's receipt, or None if it is not done.
+
+        An empty file is none: its writer died, see `location.create_exclusively`.
+
+        Raises:
+            Damaged: the file is no receipt.
+        """
+        path = self._receipt_path(unit_id)
         try:
-            return Receipt.from_json(json.loads(self._receipt_path(unit_id).read_text()))
+            text = read_text(path)
+            return Receipt.from_json(json.loads(text)) if text else None
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise Damaged(
+                f"{path}: must be the receipt of a unit, found something else ({error}); "
+                "`ediffi cache repair` makes the unit again"
+            ) from error
+
+    def demand_receipt(self, unit_id: str) -> Receipt:
+        """The receipt of a unit that has been done.
+
+        Raises:
+            RetryableError: it is gone.
+            Damaged: the file is no receipt.
+        """
+        receipt = self.receipt(unit_id)
+        if receipt is None:
+            raise RetryableError(
+                f"{self._receipt_path(unit_id)}: unit {unit_id} was done, but its receipt is not "
+                "there any more; run the same command: it does the unit again"
+            )
+        return receipt
 
     def done_units(self) -> set[str]:
         """Ids of all units that have a receipt."""
-        names = names_in(self.directory / "receipts")
-        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+        folder = self.directory / "receipts"
+        names = (name for name in names_in(folder) if name.endswith(".json"))
+        return {name.removesuffix(".json") for name in names if _has_text(folder / name)}
 
     def durable_path(self, unit_id: str) -> Location:
-        return self.directory / "durable" / unit_id
+        return self.directory / DURABLE_FOLDER / unit_id
 
     def publish(
         self,
@@ -122,10 +174,32 @@ class StageRecord:
         seconds: float,
         attempt: int,
         reason: str = "",
+        token: int = 0,
     ) -> Receipt:
-        """Move the outcome's files out of `scratch` into the store; the receipt goes last."""
+        """Move the outcome's files out of `scratch` into the store; the receipt goes last.
+
+        It is looked whether the lease still holds before anything is replaced, before every file
+        and before the receipt. A worker that is stopped between a look and the write after it can
+        still replace one file, or take one receipt back, that the next driver has made meanwhile.
+        Its own receipt comes through only before the next driver's, which then replaces it. So
+        what can remain is a unit to be done again, or a file that differs from its receipt if the
+        work does not give equal bytes; `ediffi cache verify` finds that, and `repair` mends it.
+
+        Args:
+            token: of the driver's lease; 0 where nobody guards the stage.
+
+        Raises:
+            Fenced: another driver or attempt has taken the unit over.
+            UserError: a file would lie outside the folder, or where the stage keeps its own.
+        """
+        for name in outcome.files:
+            check_file_name(unit.id, name)
+        lease.check(self.directory, token, unit.id, attempt)
         self.forget(unit.id)  # while its files are being replaced, it proves nothing
-        files = [self._publish_file(scratch / name, name) for name in outcome.files]
+        files = []
+        for name in outcome.files:
+            lease.check(self.directory, token, unit.id, attempt)
+            files.append(self._publish_file(scratch / name, name))
         receipt = Receipt(
             unit=unit.id,
             key=unit.key,
@@ -141,7 +215,7 @@ class StageRecord:
             host=os.uname().nodename,
             reason=reason,
         )
-        write_atomically(self._receipt_path(unit.id), dump(receipt.to_json()))
+        self._write_receipt(receipt, token, attempt)
         return receipt
 
     def holds(self, receipt: Receipt) -> bool:
@@ -154,15 +228,36 @@ class StageRecord:
                 return False
         return True
 
-    def take_over(self, receipt: Receipt, donor: StageRecord) -> Receipt:
-        """Publish what an earlier fingerprint of the stage made under the same key."""
+    def take_over(
+        self, receipt: Receipt, donor: StageRecord, *, token: int = 0, attempt: int = 0
+    ) -> Receipt:
+        """Publish what an earlier fingerprint of the stage made under the same key.
+
+        Raises:
+            Fenced: another driver or attempt has taken the unit over.
+        """
+        lease.check(self.directory, token, receipt.unit, attempt)
         self.forget(receipt.unit)
         for file in receipt.files:
             if not file.is_adopted:
+                lease.check(self.directory, token, receipt.unit, attempt)
                 duplicate(donor.directory / file.path, self.directory / file.path)
         taken = replace(receipt, taken_from=receipt.taken_from or donor.fingerprint)
-        write_atomically(self._receipt_path(receipt.unit), dump(taken.to_json()))
+        self._write_receipt(taken, token, attempt)
         return taken
+
+    def _write_receipt(self, receipt: Receipt, token: int, attempt: int) -> None:
+        """Write it where none is; one that came meanwhile is replaced only by who holds the lease.
+
+        A worker that is late has its look at the lease behind it, but finds the receipt of the one
+        who took over, and looks again.
+        """
+        lease.check(self.directory, token, receipt.unit, attempt)
+        path, text = self._receipt_path(receipt.unit), dump(receipt.to_json())
+        if token and create_exclusively(path, text):
+            return
+        lease.check(self.directory, token, receipt.unit, attempt)
+        write_atomically(path, text)
 
     def forget(self, unit_id: str) -> None:
         """Take a unit's receipt back, and the manifest with it: the unit must be done again."""
@@ -177,15 +272,21 @@ class StageRecord:
         input_contents: Mapping[str, str],
         unit_ids: Iterable[str],
         run_id: str,
+        token: int = 0,
     ) -> Manifest:
-        """Write the manifest. Every unit must have its receipt; nothing is held in memory."""
+        """Write the manifest. Every unit must have its receipt; nothing is held in memory.
+
+        Raises:
+            Fenced: another driver has taken the stage over.
+            RetryableError: a receipt is gone.
+        """
+        lease.check(self.directory, token)
         digest, totals = hashlib.sha256(), Totals()
-        seconds, timings = 0.0, _Timings()
+        seconds, timings = 0.0, UnitTimings()
         with self._gathering() as gathered:
             with gathered.open("wb") as stream:
                 for unit_id in unit_ids:
-                    receipt = self.receipt(unit_id)
-                    assert receipt is not None, f"{stage}: unit {unit_id} has no receipt"
+                    receipt = self.demand_receipt(unit_id)
                     line = canonical(receipt.proof()) + b"\n"
                     digest.update(line)
                     stream.write(line)
@@ -207,6 +308,7 @@ class StageRecord:
             seconds=round(seconds, 3),
             timings=timings.summary(),
         )
+        lease.check(self.directory, token)
         write_atomically(self.directory / CIRCUMSTANCES_FILE, dump(manifest.circumstances()))
         write_atomically(self.directory / "manifest.json", dump(manifest.to_json()))
         return manifest
@@ -231,21 +333,9 @@ class StageRecord:
         return file
 
 
-class _Timings:
-    """Sums timings over units; fractions and rates are averaged."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: Counter[str] = Counter()
-
-    def add(self, timings: Mapping[str, float]) -> None:
-        for name, value in timings.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] += 1
-
-    def summary(self) -> dict[str, float]:
-        return {name: round(self._total(name), 4) for name in self._sums}
-
-    def _total(self, name: str) -> float:
-        is_averaged = name.endswith(("_fraction", "_per_s"))
-        return self._sums[name] / (self._counts[name] if is_averaged else 1)
+def _has_text(path: Location) -> bool:
+    """Whether a receipt is more than a name. In a bucket it always is, and no look is made."""
+    try:
+        return not isinstance(path, Path) or path.stat().st_size > 0
+    except FileNotFoundError:
+        return False  # it was taken back

@@ -2,14 +2,20 @@
 
 The driver leaves a mark, `runs/<run_id>.stop`. Units that can keep their state, those of training,
 look for it, save and end. The mark bears the run's id, so one left by a killed driver stops nobody.
+
+A node that is about to be taken away may say so by a file, which whoever watches over it writes;
+its path is in EDIFFI_PREEMPTION_FILE. On the driver's node that is as good as SIGTERM, on a
+worker's the unit saves and goes on elsewhere.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,14 +24,23 @@ from pipelines.location import Location, is_remote, write_atomically
 
 _log = logging.getLogger(__name__)
 
+PREEMPTION_VARIABLE = "EDIFFI_PREEMPTION_FILE"
 LOOK_S = 1.0  # a worker looks for the mark at most so often
 LOOK_IN_BUCKET_S = 5.0  # there a look is a request, and training waits for it
 
 _is_terminated = threading.Event()  # this process has been sent SIGTERM
 
 
+def preemption_notice() -> str:
+    """The file by which this node says that it is about to be taken away; "" while it does not."""
+    path = os.environ.get(PREEMPTION_VARIABLE, "")
+    return path if path and Path(path).exists() else ""
+
+
 class Interruption:
     """SIGTERM and Ctrl-C as a wish to end, while the context is open; the second raises at once.
+
+    The node's own notice is such a wish too.
 
     Attributes:
         error: what to raise once everything is in order; None while nobody wants to end.
@@ -34,12 +49,35 @@ class Interruption:
     def __init__(self) -> None:
         self.error: KeyboardInterrupt | RetryableError | None = None
         self._before: dict[int, Any] = {}
+        self._next_look = 0.0
+
+    def look(self) -> KeyboardInterrupt | RetryableError | None:
+        """The wish to end, if there is one by now."""
+        if self.error is None and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_S
+            if notice := preemption_notice():
+                self.error = RetryableError(
+                    f"told to end: this node is about to be taken away ({notice} is there); run "
+                    "the same command elsewhere to go on"
+                )
+        return self.error
+
+    def obey(self) -> None:
+        """Raise the wish to end, if there is one by now."""
+        if (wish := self.look()) is not None:
+            raise wish
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup: let it be
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = signal.getsignal(number)
+        self.listen()
         return self
+
+    def listen(self) -> None:
+        """Hear the signals again, after something else has taken them for itself."""
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def __exit__(
         self,
@@ -84,8 +122,8 @@ class StopListener:
 
     def __init__(self, mark: StopMark | None, *, look_s: float = LOOK_S) -> None:
         self._mark, self._look_s = mark, look_s
-        self._next_look = 0.0
-        self._is_asked = False
+        self._next_look = self._next_look_here = 0.0
+        self._is_asked = self._is_taken_away = False
 
     @classmethod
     def of(cls, store: Location, run_id: str, *, rank: int) -> StopListener:
@@ -100,7 +138,10 @@ class StopListener:
             except Exception as error:  # each store has its own; a lost look costs a deadline
                 _log.warning("could not look whether to stop: %s", error)
             self._next_look = time.monotonic() + self._look_s
-        return self._is_asked or _is_terminated.is_set()
+        if time.monotonic() >= self._next_look_here:
+            self._next_look_here = time.monotonic() + LOOK_S
+            self._is_taken_away = bool(preemption_notice())
+        return self._is_asked or self._is_taken_away or _is_terminated.is_set()
 
 
 def listen_for_sigterm() -> None:

@@ -7,20 +7,22 @@ does not fail the run, since the ledger holds everything; the failure is said al
 
 from __future__ import annotations
 
-import contextlib
-import io
+import logging
 import queue
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from pipelines.curves import draw_curves
+from pipelines.ended_runs import close_ended
 from pipelines.fingerprint import flatten
+from pipelines.jobs import parent_tag
 from pipelines.location import Location, is_remote, local_copy
+from pipelines.masking import masker
 from pipelines.planning import PlannedStage
 from pipelines.stage import Json, Manifest
+from pipelines.tracking_place import default_uri, local_side, make_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,20 +30,7 @@ if TYPE_CHECKING:
 MAX_PARAM_CHARACTERS = 500
 MAX_PARAMS_PER_CALL = 100  # a limit of MLflow's API
 MAX_METRICS_PER_CALL = 1000
-
-
-def default_uri(store: Location) -> str:
-    """The tracking database that lies in the store itself; beside an object store, here."""
-    return f"sqlite:///{_local_side(store) / 'mlflow.db'}"
-
-
-def _local_side(store: Location) -> Path:
-    return store if isinstance(store, Path) else Path("ediffi-store").absolute()
-
-
-def without_password(uri: str) -> str:
-    """The address as it may be shown or logged."""
-    return re.sub(r"(//[^/:@]*):[^@/]*@", r"\1:***@", uri)
+FIRST_TOUCH_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 
 
 class Tracker:
@@ -55,6 +44,7 @@ class Tracker:
     def __init__(self, uri: str, *, store: Location, recipe_name: str, run_id: str) -> None:
         self._uri, self._store = uri, store
         self._recipe_name, self._run_id = recipe_name, run_id
+        self._mask = masker()
         self._runs: dict[str, str] = {}  # "" for the parent, "stage" or "stage:unit" -> MLflow id
         self._experiment_id = ""
         self._calls: queue.Queue[Callable[[MlflowClient], None] | None] = queue.Queue()
@@ -64,15 +54,22 @@ class Tracker:
 
     # -- what the runner says ------------------------------------------------------------------
 
-    def run_started(self, resolved: Json, killed_run_ids: Sequence[str]) -> None:
-        """Open the parent run with the resolved recipe; close what killed drivers left open."""
+    def run_started(self, resolved: Json) -> None:
+        """Open the parent run with the resolved recipe; close what ended drivers left open."""
 
         def call(client: MlflowClient) -> None:
-            for run_id in killed_run_ids:
-                self._close_killed(client, run_id)
-            parent = self._create(client, "", self._recipe_name, {})
+            parent = self._create(client, "", self._recipe_name, parent_tag())
             self._log_params(client, parent, resolved)
-            client.log_dict(parent, resolved, "recipe.json")
+            client.log_dict(parent, self._without_secrets(resolved), "recipe.json")
+
+        self.close_ended()  # first, and apart: if it fails the run has its parent all the same
+        self._calls.put(call)
+
+    def close_ended(self) -> None:
+        """Close the runs that are open although their driver is over, by our store's records."""
+
+        def call(client: MlflowClient) -> None:
+            close_ended(client, self._store, self._run_id)
 
         self._calls.put(call)
 
@@ -144,8 +141,16 @@ class Tracker:
     def stage_failed(self, stage: str, message: str) -> None:
         def call(client: MlflowClient) -> None:
             if stage in self._runs:
-                client.set_tag(self._runs[stage], "ediffi.error", message[:5000])
+                client.set_tag(self._runs[stage], "ediffi.error", self._mask(message)[:5000])
                 self._close_stage(client, stage, "FAILED")
+
+        self._calls.put(call)
+
+    def figures(self, measure: Callable[[], Mapping[str, float]]) -> None:
+        """Log metrics of the whole run; `measure` is called by the thread."""
+
+        def call(client: MlflowClient) -> None:
+            self._log_rows(client, self._runs[""], [measure()])
 
         self._calls.put(call)
 
@@ -181,25 +186,42 @@ class Tracker:
                     client = self._connect()
                 call(client)
             except Exception as error:  # reported at the end; never fails the run
-                self.errors.append(f"{type(error).__name__}: {without_password(str(error))}")
+                self.errors.append(f"{type(error).__name__}: {self._mask(str(error))}")
 
     def _connect(self) -> MlflowClient:
-        if self._uri == default_uri(self._store):
-            _local_side(self._store).mkdir(parents=True, exist_ok=True)
-        # The first touch migrates the database and tells every step of it.
-        with contextlib.redirect_stderr(io.StringIO()):
-            from mlflow import MlflowClient
+        """Open the database or server; of several that make its tables at once, one succeeds."""
+        is_database = "://" in self._uri and not self._uri.startswith("http")
+        for pause_s in FIRST_TOUCH_PAUSES_S if is_database else ():
+            try:
+                return self._open()
+            except Exception:  # of alembic, of sqlalchemy, of the database's own library
+                time.sleep(pause_s)
+        return self._open()
 
-            client = MlflowClient(tracking_uri=self._uri)
-            experiment = client.get_experiment_by_name(self._recipe_name)
-        if experiment is not None:
-            self._experiment_id = experiment.experiment_id
-        else:
+    def _open(self) -> MlflowClient:
+        from mlflow import MlflowClient
+
+        # The first touch migrates the database and tells every step of it. To take stderr away
+        # meanwhile would take it from the other threads, too.
+        for name in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        if self._uri == default_uri(self._store):
+            make_database(self._store, self._run_id, lambda uri: MlflowClient(tracking_uri=uri))
+        client = MlflowClient(tracking_uri=self._uri)
+        experiment = client.get_experiment_by_name(self._recipe_name)
+        if experiment is None:
             place = None
             if self._uri == default_uri(self._store):
-                side = _local_side(self._store)
+                side = local_side(self._store)
                 place = (side / "mlflow-artifacts" / self._recipe_name).as_uri()
-            self._experiment_id = client.create_experiment(self._recipe_name, place)
+            try:
+                self._experiment_id = client.create_experiment(self._recipe_name, place)
+                return client
+            except Exception:
+                experiment = client.get_experiment_by_name(self._recipe_name)
+                if experiment is None:  # nobody else has just made it: it is a real failure
+                    raise
+        self._experiment_id = experiment.experiment_id
         return client
 
     def _create(
@@ -210,7 +232,8 @@ class Tracker:
         tags: Mapping[str, str],
         parent: str | None = None,
     ) -> str:
-        tags = {**tags, "ediffi.run_id": self._run_id}
+        tags = {word: self._mask(value) for word, value in tags.items()}
+        tags["ediffi.run_id"] = self._run_id
         if key:
             tags["mlflow.parentRunId"] = parent or self._runs[""]
         run = client.create_run(self._experiment_id, run_name=name, tags=tags)
@@ -230,17 +253,21 @@ class Tracker:
             if key == stage or key.startswith(f"{stage}:"):
                 client.set_terminated(run, status)
 
-    def _close_killed(self, client: MlflowClient, run_id: str) -> None:
-        query = f"tags.`ediffi.run_id` = '{run_id}' and attributes.status = 'RUNNING'"
-        # It may have been a run of another recipe, which has an experiment of its own.
-        experiments = [one.experiment_id for one in client.search_experiments()]
-        for run in client.search_runs(experiments, query):
-            client.set_terminated(run.info.run_id, "KILLED")
+    def _without_secrets(self, value: Json) -> Json:
+        """The same document, its texts as they may be shown."""
+        if isinstance(value, dict):
+            return {name: self._without_secrets(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [self._without_secrets(one) for one in value]
+        return self._mask(value) if isinstance(value, str) else value
 
     def _log_params(self, client: MlflowClient, run: str, values: Json) -> None:
         from mlflow.entities import Param
 
-        params = [Param(name, str(value)[:MAX_PARAM_CHARACTERS]) for name, value in flatten(values)]
+        params = [
+            Param(name, self._mask(str(value))[:MAX_PARAM_CHARACTERS])
+            for name, value in flatten(values)
+        ]
         for start in range(0, len(params), MAX_PARAMS_PER_CALL):
             client.log_batch(run, params=params[start : start + MAX_PARAMS_PER_CALL])
 
@@ -301,29 +328,3 @@ class Tracker:
                 file = next(file for file in receipt.files if file.path == name)
                 client.log_artifact(run, str(manifest.local_path(file)))
         self._log_rows(client, run, [row])
-
-
-def draw_curves(
-    curves: Mapping[str, Sequence[Mapping[str, float]]],
-) -> Iterator[tuple[str, Any]]:
-    """One picture a metric, one line a unit, by images seen; yields names and PIL pictures."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    for name in ("loss", "images_per_s"):
-        lines = {
-            unit: [(row["images"], row[name]) for row in rows if name in row]
-            for unit, rows in curves.items()
-        }
-        if not any(lines.values()):
-            continue
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="images seen", ylabel=name)
-        for unit, points in lines.items():
-            axes.plot(*zip(*points, strict=True), label=unit)
-        axes.legend()
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        yield name, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

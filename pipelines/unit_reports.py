@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 
-from pipelines.durable import grids_in, read_reports
+from pipelines.durable import Reports, grids_in, read_reports
 from pipelines.execute import Task
+from pipelines.outages import why_it_failed
 from pipelines.progress import Progress
 from pipelines.stage_state import StageState
 from pipelines.tracking import Tracker
@@ -24,6 +25,7 @@ class UnitReports:
     def __init__(self, tracker: Tracker, progress: Progress) -> None:
         self._tracker, self._progress = tracker, progress
         self._next_show = 0.0
+        self._is_blind = False
 
     def show(
         self,
@@ -47,13 +49,13 @@ class UnitReports:
     def begin(self, state: StageState, task: Task) -> None:
         """Look what is old before an attempt begins; only training writes notices and pictures."""
         if state.can_stop:
-            old = read_reports(task.durable_path).notices
+            old = self._read(task).notices
             state.notices_told.setdefault(task.unit.id, set()).update(old)
 
     def send(self, state: StageState, task: Task) -> list[dict[str, float]]:
         """Pass on what is new; returns all rows."""
         unit = task.unit.id
-        reports = read_reports(task.durable_path)
+        reports = self._read(task)
         told = state.notices_told.setdefault(unit, set())
         for notice in reports.notices:
             if notice not in told:
@@ -62,6 +64,21 @@ class UnitReports:
         if reports.rows:
             self._send_rows(state, task, reports.rows)
         return reports.rows
+
+    def _read(self, task: Task) -> Reports:
+        """What a unit has reported; nothing while the store fails, for it is only to be shown."""
+        try:
+            reports = read_reports(task.durable_path)
+        except Exception as error:  # each store has its own
+            if (why := why_it_failed(error, task.durable_path)) is None:
+                raise
+            if not self._is_blind:
+                name = f"{task.stage.name}/{task.unit.id}"
+                self._progress.say(f"{name}: its progress cannot be shown for now: {why}")
+            self._is_blind = True
+            return Reports([], [])
+        self._is_blind = False
+        return reports
 
     def _send_rows(self, state: StageState, task: Task, rows: list[dict[str, float]]) -> None:
         unit = task.unit.id

@@ -17,7 +17,13 @@ from pydantic import BaseModel
 from ediffi.degradation import DegradationConfig, DegradationPass
 from ediffi.train.config import TrainConfig
 from pipelines import recipe as models
-from pipelines import recipe_evaluation, recipe_sampling, recipe_super_resolution
+from pipelines import (
+    recipe_custom,
+    recipe_evaluation,
+    recipe_resources,
+    recipe_sampling,
+    recipe_super_resolution,
+)
 from pipelines.cli import COMMANDS, build_parser
 from pipelines.ledger import Ledger
 from pipelines.planning import plan
@@ -64,7 +70,8 @@ SECTIONS: dict[str, tuple[type, type | None]] = {
     "`evaluate.painting.cases`": (recipe_evaluation.PaintedCase, None),
     "`evaluate.painting.cases.phrases`": (recipe_evaluation.PaintedPhrase, None),
     "`evaluate.style`": (recipe_evaluation.StyleTransfer, None),
-    "`resources`": (models.Resources, None),
+    "`resources`": (recipe_resources.Resources, None),
+    "`custom_stages`": (recipe_custom.CustomStage, None),
 }
 
 # Place in the demo's recipe -> heading of its table. `resources` is planned with its own test.
@@ -112,6 +119,11 @@ OTHER_VALUES: dict[str, Any] = {
         ]
     },
     "evaluate.style": {"column": "shape"},
+    "resources.base.custom": {"licence": 1},
+    "resources.base.node_group": "gpu",
+    "resources.base.timeout_s": 60.0,
+    "resources.base.start_deadline_s": 60.0,
+    "experts.min_success": 1,
     **{
         f"{place}.{field}": value
         for place in ("base", "experts.train")
@@ -140,7 +152,7 @@ def _defaults(model: type) -> dict[str, Any]:
     """Default of every field as JSON; MISSING where the field is required."""
     if issubclass(model, BaseModel):
         return {
-            name: MISSING
+            field.alias or name: MISSING
             if field.is_required()
             else _plain(field.get_default(call_default_factory=True))
             for name, field in model.model_fields.items()
@@ -174,7 +186,14 @@ def test_every_section_has_a_table() -> None:
     told = {model for model, _ in SECTIONS.values()}
     sections = {
         one
-        for module in (models, recipe_evaluation, recipe_sampling, recipe_super_resolution)
+        for module in (
+            models,
+            recipe_custom,
+            recipe_evaluation,
+            recipe_resources,
+            recipe_sampling,
+            recipe_super_resolution,
+        )
         for one in vars(module).values()
         if isinstance(one, type) and issubclass(one, models.Section)
     }

@@ -27,13 +27,15 @@ class PeerError(RuntimeError):
     """A peer could not be installed, or it failed."""
 
 
-def environment(name: str, requirements: Sequence[str]) -> Path:
+def environment(name: str, requirements: Sequence[str], *, alone: bool = False) -> Path:
     """The interpreter of `.bench/<name>` with `requirements`, made if it is not there yet.
 
     Args:
         name: of the folder.
         requirements: pinned, `package==version`; what they need besides is taken from our own
             environment where that satisfies them.
+        alone: nothing of our environment is seen. For peers whose start is timed: many look
+            through every installed package when they are imported.
 
     Raises:
         PeerError: pip failed.
@@ -45,9 +47,10 @@ def environment(name: str, requirements: Sequence[str]) -> Path:
     if mark.exists() and mark.read_text() == wanted:
         return python
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-    ours = sysconfig.get_paths()["purelib"]
-    (theirs,) = folder.glob("lib/python*/site-packages")
-    (theirs / "ours.pth").write_text(f"{ours}\n")  # behind their own packages
+    if not alone:
+        ours = sysconfig.get_paths()["purelib"]
+        (theirs,) = folder.glob("lib/python*/site-packages")
+        (theirs / "ours.pth").write_text(f"{ours}\n")  # behind their own packages
     _run([str(python), "-m", "pip", "install", "--quiet", *requirements])
     mark.write_text(wanted)
     return python

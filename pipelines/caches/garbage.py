@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from pipelines import lease, pulse
+from pipelines.caches.garbage_of_jobs import JobsSince
 from pipelines.caches.lookup import Found, planned_by, stages_of
 from pipelines.caches.verification import QUARANTINE_FOLDER, files_below
+from pipelines.durable import CHECKPOINTS_FOLDER
 from pipelines.errors import UserError
+from pipelines.lease import LEASE_FOLDER
 from pipelines.ledger import GROUP_FOLDERS, Ledger
-from pipelines.location import Location, remove_tree
+from pipelines.location import Location, names_in, remove_tree
 from pipelines.planning import plan
+from pipelines.processes import Owner
 from pipelines.recipe import CacheRecipe
 from pipelines.stage import Json
-from pipelines.workflow import RunRecord
+from pipelines.stage_record import DURABLE_FOLDER
+from pipelines.workflow import RunRecord, is_dead, orphaned_scratch
 
-SCRATCH_FOLDER = ".scratch"
+LOGS_FOLDER = "logs"  # of the store, see `pipelines.unit_log`
 _UNITS_OF_TIME = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _TEMPORARY = re.compile(  # being written when its writer died
     r"(.*/)?\.[^/]+\.[0-9a-f]{32}|.+\.partial|tmp[a-z0-9_]{8}/.+"
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_LOOK_S = 3.0  # between two looks for runs that have begun: each reads the records of all
+_CHECKPOINTS = re.compile(rf"{DURABLE_FOLDER}/.*?/{CHECKPOINTS_FOLDER}(?=/)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +55,8 @@ class Kept:
     addresses: frozenset[str]
     in_use: frozenset[str]
     running: frozenset[str]  # ids of runs under way
+    recent: frozenset[str]  # and of those that ended not long ago, or that nobody saw end
+    since: datetime  # not long ago
 
 
 def parse_age(text: str) -> timedelta:
@@ -62,30 +75,42 @@ def parse_age(text: str) -> timedelta:
 
 
 def find_kept(ledger: Ledger, recipes: Iterable[CacheRecipe], older_than: timedelta) -> Kept:
-    """Walk back from the recipes, from every run started since, and from those under way.
+    """Walk back from the recipes, from every run that ended since, or that nobody saw end.
 
-    What a stage reads is needed with it, also where it adopted another stage's files.
+    Jobs that wait or run keep what their recipe needs. What a stage reads is needed with it, also
+    where it adopted another stage's files.
 
     Raises:
-        UserError: a recipe cannot be planned.
+        UserError: a recipe cannot be planned, or a job's record not be read.
     """
     since, running = datetime.now(UTC) - older_than, _running(ledger)
     roots: set[str] = set()
     in_use: set[str] = set()
+    recent = set(running)
     for record in ledger.runs():
-        is_running = record["run_id"] in running
-        if is_running or datetime.fromisoformat(record["started"]) >= since:
+        if _is_recent(record, since):
             addresses = _addresses(planned_by(record))
             roots |= addresses
-            in_use |= addresses if is_running else set()
+            recent.add(record["run_id"])
+            in_use |= addresses if record["run_id"] in running else set()
     for recipe in recipes:
         roots |= _addresses({one.name: one.fingerprint for one in plan(recipe, ledger)})
+    for planned in JobsSince.of(ledger, since).needed():
+        roots |= _addresses(planned)
     here = {found.address: found for found in stages_of(ledger)}
     return Kept(
         addresses=_reachable(ledger, here, roots),
         in_use=_reachable(ledger, here, in_use),
         running=running,
+        recent=frozenset(recent),
+        since=since,
     )
+
+
+def _is_recent(record: Json, since: datetime) -> bool:
+    """Whether a run ended since then; one that is noted as running may be alive, or go on."""
+    ended = record.get("ended") or record["started"]
+    return record["state"] == "running" or datetime.fromisoformat(ended) >= since
 
 
 def _addresses(fingerprints: Mapping[str, str]) -> set[str]:
@@ -103,7 +128,7 @@ def _reachable(ledger: Ledger, here: Mapping[str, Found], roots: Iterable[str]) 
         reached.add(address)
         if address in here:
             found = here[address]
-            waiting += [f"{name}/{one}" for name, one in found.identity()["input"].items()]
+            waiting += [f"{name}/{one}" for name, one in found.inputs().items()]
             waiting += _adopted_from(ledger, found)
     return frozenset(reached)
 
@@ -125,10 +150,16 @@ def _adopted_from(ledger: Ledger, found: Found) -> set[str]:
 
 def find_garbage(ledger: Ledger, kept: Kept) -> Iterator[Garbage]:
     """Folders and files that can go, the scratch of a store that is at rest first."""
-    if not kept.running:
-        scratch = ledger.store / SCRATCH_FOLDER
-        if scratch.exists() and any(scratch.iterdir()):
-            yield _folder(scratch, "work that was in flight when its run ended")
+    known = {record["run_id"] for record in ledger.runs()}
+    for name in orphaned_scratch(ledger, kept.running, known):
+        for place in ledger.scratch_places(name):
+            yield _folder(place, "work that was in flight when its run ended")
+    for run_id in sorted(pulse.run_ids(ledger.store) - kept.running):
+        yield _folder(pulse.folder(ledger.store, run_id), "the heartbeat of a run that is over")
+    for run_id in sorted(set(names_in(ledger.store / LOGS_FOLDER)) - kept.recent):
+        yield _folder(ledger.store / LOGS_FOLDER / run_id, "logs of a run of long ago")
+    for place, why in JobsSince.of(ledger, kept.since).ended(kept.recent):
+        yield _folder(place, why)
     for found in stages_of(ledger):
         if found.address in kept.in_use:
             continue
@@ -139,11 +170,26 @@ def find_garbage(ledger: Ledger, kept: Kept) -> Iterator[Garbage]:
         quarantine = directory / QUARANTINE_FOLDER
         if quarantine.exists():
             yield _folder(quarantine, "broken files that a repair replaced")
-        for name, num_bytes in sorted(files_below(directory).items()):
-            if _TEMPORARY.fullmatch(name) and not name.startswith("durable/"):
-                why = "being written when its writer died"
-                yield Garbage(place=directory / name, num_bytes=num_bytes, why=why)
+        yield from _left_over(found)
     yield from (_folder(place, "its removal was interrupted") for place in _half_removed(ledger))
+
+
+def _left_over(found: Found) -> Iterator[Garbage]:
+    """What a kept stage no longer needs: nobody works there."""
+    directory = found.record.directory
+    files = files_below(directory)
+    checkpoints = {match[0] for name in files if (match := _CHECKPOINTS.match(name))}
+    for name in sorted(checkpoints if found.record.is_complete else ()):
+        yield _folder(directory / name, "checkpoints of a stage that is finished")
+    newest = lease.newest_file(directory)
+    for name, num_bytes in sorted(files.items()):
+        place, why = directory / name, ""
+        if name.startswith(f"{LEASE_FOLDER}/"):  # its last file stays: tokens only grow
+            why = "of a driver that works here no more" if place != newest else ""
+        elif _TEMPORARY.fullmatch(name) and not name.startswith(f"{DURABLE_FOLDER}/"):
+            why = "being written when its writer died"
+        if why:
+            yield Garbage(place=place, num_bytes=num_bytes, why=why)
 
 
 def _folder(place: Location, why: str, *, is_stage: bool = False) -> Garbage:
@@ -162,23 +208,69 @@ def _half_removed(ledger: Ledger) -> list[Location]:
     )
 
 
-def remove(garbage: Garbage) -> None:
-    """Remove it; a stage's folder stops being one before the first of its files goes."""
+@dataclass
+class Sweep:
+    """Removes garbage, as long as no run begins that may need it."""
+
+    ledger: Ledger
+    kept: Kept
+    _next_look: float = field(default=0.0, init=False)
+
+    def remove(self, garbage: Garbage) -> str:
+        """Remove it; returns "", or why it stays.
+
+        Raises:
+            UserError: a run has begun since `kept` was found: it may need what is to go.
+        """
+        if time.monotonic() >= self._next_look:
+            check_still_at_rest(self.ledger, self.kept)
+            self._next_look = time.monotonic() + _LOOK_S
+        return remove(garbage)
+
+
+def remove(garbage: Garbage) -> str:
+    """Remove a folder or file; returns "", or why it, or something of it, stays.
+
+    A stage stays if somebody has its lease. Its folder stops being one before the first of its
+    files goes.
+    """
     place = garbage.place
-    if not garbage.is_stage:
-        if isinstance(place, Path) and not place.is_dir():
-            place.unlink(missing_ok=True)
-        else:
-            remove_tree(place)
-        return
-    if isinstance(place, Path):
-        gone = place.with_name(f".gone-{uuid.uuid4().hex}")
-        os.rename(place, gone)
-        remove_tree(gone)
-        return
-    (place / "manifest.json").unlink(missing_ok=True)
-    remove_tree(place / "receipts")
-    remove_tree(place)
+    if garbage.is_stage:
+        return _remove_stage(place)
+    if isinstance(place, Path) and not place.is_dir():
+        place.unlink(missing_ok=True)
+    else:
+        remove_tree(place)
+    return _what_stays(place)
+
+
+def _remove_stage(place: Location) -> str:
+    try:
+        found = lease.acquire(place, Owner.of_this_process("gc"))
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        found = None  # nobody has the lease, and for taking it there is no room before this is gone
+    if isinstance(found, lease.Held):
+        return f"{found} works there"
+    try:
+        if isinstance(place, Path):
+            gone = place.with_name(f".gone-{uuid.uuid4().hex}")
+            os.rename(place, gone)
+            remove_tree(gone)
+            return _what_stays(gone)
+        (place / "manifest.json").unlink(missing_ok=True)
+        remove_tree(place / "receipts")
+        remove_tree(place)
+        return _what_stays(place)
+    finally:
+        if found is not None:
+            found.release()
+
+
+def _what_stays(place: Location) -> str:
+    """Removing a tree passes over what it may not remove."""
+    return f"{place} is still there: see the rights of its folders" if place.exists() else ""
 
 
 def check_still_at_rest(ledger: Ledger, kept: Kept) -> None:
@@ -188,9 +280,10 @@ def check_still_at_rest(ledger: Ledger, kept: Kept) -> None:
 
 
 def _running(ledger: Ledger) -> frozenset[str]:
-    return frozenset(record["run_id"] for record in ledger.runs() if _is_running(record))
-
-
-def _is_running(record: Json) -> bool:
-    """Whether it is under way, as far as this machine can tell."""
-    return record["state"] == "running" and not RunRecord(**record).is_orphan
+    """Runs under way, as far as this machine can tell."""
+    records = [RunRecord.read(record) for record in ledger.runs()]
+    return frozenset(
+        record.run_id
+        for record in records
+        if record.state == "running" and not is_dead(ledger, record)
+    )

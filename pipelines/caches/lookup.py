@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipelines.errors import UserError
 from pipelines.ledger import Ledger
-from pipelines.location import Location
+from pipelines.location import Location, read_text
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import CacheRecipe
 from pipelines.recipe_file import resolved_recipe
@@ -44,13 +44,12 @@ class Found:
         """The manifest; None for an unfinished stage.
 
         Raises:
-            ValueError: it is damaged, or another version of ediffi wrote it.
+            Damaged: it is half there, or another version of ediffi wrote it.
         """
         try:
-            return self.record.manifest() if self.record.is_complete else None
-        except (KeyError, TypeError, FileNotFoundError, json.JSONDecodeError) as error:
-            path = self.record.directory / "manifest.json"
-            raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+            return self.record.manifest()
+        except FileNotFoundError:
+            return None
 
     def path(self, file: File) -> Location:
         """Where a file of one of its receipts lies."""
@@ -66,9 +65,17 @@ class Found:
         return LocalCache.default().fetch(str(path), sha256=file.sha256, num_bytes=file.num_bytes)
 
     def identity(self) -> Json:
-        """What the fingerprint stands for: version, config and input."""
-        text = (self.record.directory / "identity.json").read_text()
-        return json.loads(text)["identity"]
+        """What the fingerprint stands for: version, config and input; {} where nobody noted it.
+
+        Raises:
+            Damaged: it is half there, or something else wrote it.
+        """
+        noted = self.record.noted()
+        return {} if noted is None else noted["identity"]
+
+    def inputs(self) -> Mapping[str, str]:
+        """Fingerprints of the stages that it was made from. Raises Damaged as `identity`."""
+        return self.identity().get("input", {})
 
     def receipts(self) -> Iterator[Receipt]:
         """Every receipt that is there: those of a finished stage in the order of its units."""
@@ -124,11 +131,7 @@ def stages_of_run(ledger: Ledger, record: Json) -> dict[str, Found]:
         name: Found(name=name, record=ledger.stage(name, fingerprint))
         for name, fingerprint in planned_by(record).items()
     }
-    return {
-        name: one
-        for name, one in found.items()
-        if (one.record.directory / "identity.json").exists()
-    }
+    return {name: one for name, one in found.items() if one.record.is_begun}
 
 
 def planned_by(record: Json) -> dict[str, str]:
@@ -203,7 +206,7 @@ class RecipeFinder:
 
 def _made_by(directory: Location) -> str:
     try:
-        return json.loads((directory / CIRCUMSTANCES_FILE).read_text())["run_id"]
+        return json.loads(read_text(directory / CIRCUMSTANCES_FILE))["run_id"]
     except (FileNotFoundError, KeyError, ValueError):
         return ""  # unfinished, or the note is damaged: any recipe that fits will do
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.caches.lookup import Found, RecipeFinder
-from pipelines.caches.verification import QUARANTINE_FOLDER, Problem, verify
-from pipelines.errors import UserError
+from pipelines.caches.verification import IDENTITY_FILE, QUARANTINE_FOLDER, Problem, verify
+from pipelines.errors import Damaged, UserError
+from pipelines.lease import take
 from pipelines.ledger import Ledger
 from pipelines.location import Location
-from pipelines.recipe import STAGES
-from pipelines.stage import Receipt
+from pipelines.processes import Owner
+from pipelines.stage import Receipt, is_adopted
+from pipelines.stage_record import StageRecord
+from pipelines.stand_ins import STAND_IN
 
 if TYPE_CHECKING:
     from pipelines.recipe import CacheRecipe
@@ -60,11 +63,31 @@ def find_broken(stages: Iterable[Found]) -> list[Broken]:
         problems = [one for one in verify(found).problems if not one.is_harmless]
         if problems:
             broken.append(Broken(found=found, problems=problems))
-    return sorted(broken, key=lambda one: STAGES.index(one.found.name.split("/")[0]))
+    return sorted(broken, key=lambda one: _depth(one.found, {}))
+
+
+def _depth(found: Found, known: dict[str, int]) -> int:
+    """How many stages, one after another, a stage was made from; 0 if nothing says from what."""
+    if found.address not in known:
+        known[found.address] = 0  # a damaged store may have circles
+        store = found.record.directory.parents[found.name.count("/") + 1]
+        try:
+            inputs: Mapping[str, str] = found.inputs()
+        except Damaged:  # which is one of the problems to mend
+            inputs = {}
+        depths = (
+            _depth(Found(name=name, record=StageRecord(store / name / fingerprint)), known)
+            for name, fingerprint in inputs.items()
+        )
+        known[found.address] = max((depth + 1 for depth in depths), default=0)
+    return known[found.address]
 
 
 def drop_lost_manifests(broken: Iterable[Broken]) -> None:
-    """Remove manifests that prove nothing: one alone keeps every recipe from being planned."""
+    """Remove manifests that prove nothing: one alone keeps every recipe from being planned.
+
+    Whoever works on such a stage writes its manifest last, so this takes nothing from them.
+    """
     for one in broken:
         if one.has_lost_its_manifest:
             (one.found.record.directory / "manifest.json").unlink(missing_ok=True)
@@ -77,6 +100,7 @@ def repair(ledger: Ledger, broken: Broken, finder: RecipeFinder) -> Mended:
 
     Raises:
         UserError: no recipe gives this stage any more; nothing was touched.
+        RetryableError: another driver works on the stage; nothing was touched.
         StageFailed: a unit could not be made again; its broken files stay in quarantine.
     """
     from pipelines.workflow import run_recipe
@@ -84,11 +108,14 @@ def repair(ledger: Ledger, broken: Broken, finder: RecipeFinder) -> Mended:
     recipe = finder.recipe_for(broken.found)
     record, units, name = broken.found.record, broken.units, broken.found.name
     before = {unit: _digests(_receipt(broken.found, unit)) for unit in units}
-    for problem in broken.problems:
-        if problem.kind == "changed" and not _is_adopted(problem.file):
-            _put_aside(record.directory, problem.file)
-    for unit in units:
-        record.forget(unit)
+    with take(record.directory, Owner.of_this_process("repair")):
+        for problem in broken.problems:
+            if problem.file == IDENTITY_FILE:  # then every receipt is judged by its key
+                (record.directory / IDENTITY_FILE).unlink(missing_ok=True)
+            if problem.kind == "changed" and not is_adopted(problem.file):
+                _put_aside(record.directory, problem.file)
+        for unit in units:
+            record.forget(unit)
     run_recipe(recipe, ledger, selected=(name,), retry={name: frozenset(units)})
     after = {unit: _digests(record.receipt(unit)) for unit in units}
     return Mended(
@@ -113,10 +140,6 @@ def _receipt(found: Found, unit: str) -> Receipt | None:
 
 def _digests(receipt: Receipt | None) -> dict[str, str]:
     return {file.path: file.sha256 for file in receipt.files} if receipt is not None else {}
-
-
-def _is_adopted(name: str) -> bool:
-    return name.startswith("/") or "://" in name
 
 
 def _put_aside(directory: Location, name: str) -> None:
@@ -162,8 +185,9 @@ class Retry:
         from pipelines.workflow import run_recipe
 
         if not self.only_failed:
-            for unit in self.rejected:
-                self.found.record.forget(unit)  # a unit without a receipt keeps nothing of it
+            with take(self.found.record.directory, Owner.of_this_process("retry")):
+                for unit in self.rejected:
+                    self.found.record.forget(unit)  # a unit without a receipt keeps nothing of it
         retry = {self.found.name: frozenset(self.rejected)} if self.rejected else None
         run_recipe(self.recipe, self.ledger, selected=(self.found.name,), retry=retry)
 
@@ -227,9 +251,9 @@ def prepare_retry(
 
 
 def _passing(stage: str) -> re.Pattern[str]:
-    """Reasons for rejects that another attempt may not meet; only fetching has any."""
+    """Reasons for rejects that another attempt may not meet."""
     if stage != INGEST:
-        return re.compile(r"(?!)")
+        return re.compile(STAND_IN)
     from pipelines.stages.ingestion.fetch import PASSING_REASONS
 
     return PASSING_REASONS

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.caches.lookup import Found
+from pipelines.lease import LEASE_FOLDER
 from pipelines.location import Location
 from pipelines.stage import (
     CIRCUMSTANCES_FILE,
@@ -21,13 +22,19 @@ from pipelines.stage import (
     Manifest,
     Receipt,
 )
+from pipelines.stage_record import DURABLE_FOLDER
 
 QUARANTINE_FOLDER = "quarantine"  # of a stage: broken files that `repair` moved out of the way
 NUM_THREADS = 8  # hashing leaves Python's lock alone, and an object store answers late
 WINDOW_UNITS = 256  # looked at together: bounds what is in memory
 CHUNK_BYTES = 1 << 20
-_OWN_FILES = {"identity.json", "manifest.json", CIRCUMSTANCES_FILE, RECEIPTS_FILE}
-_OWN_FOLDERS = {"durable", QUARANTINE_FOLDER}  # what lies there is no published file
+IDENTITY_FILE = "identity.json"
+_OWN_FILES = {IDENTITY_FILE, "manifest.json", CIRCUMSTANCES_FILE, RECEIPTS_FILE}
+_OWN_FOLDERS = {
+    DURABLE_FOLDER,
+    LEASE_FOLDER,
+    QUARANTINE_FOLDER,
+}  # what lies there is no published file
 
 Kind = Literal["missing", "changed", "receipt", "stage", "extra"]
 
@@ -69,11 +76,6 @@ class Verified:
     def is_sound(self) -> bool:
         return all(problem.is_harmless for problem in self.problems)
 
-    @property
-    def broken_units(self) -> list[str]:
-        units = (problem.unit for problem in self.problems if not problem.is_harmless)
-        return list(dict.fromkeys(unit for unit in units if unit))
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Checked:
@@ -89,15 +91,18 @@ def verify(found: Found) -> Verified:
     Of a finished stage also the gathered receipts are held against the manifest and against each
     unit's own. Memory holds the names of the files, not what is in them.
     """
+    problems: list[Problem] = []
+    try:
+        found.identity()
+    except ValueError as error:
+        problems.append(Problem(kind="stage", unit="", file=IDENTITY_FILE, message=str(error)))
     try:
         manifest = found.manifest()
     except ValueError as error:
-        problem = Problem(kind="stage", unit="", file="manifest.json", message=str(error))
-        return _verify_units(found, _unfinished(found), [problem])
-    if manifest is None:
-        return _verify_units(found, _unfinished(found), [])
-    problems: list[Problem] = []
-    return _verify_units(found, _finished(manifest, problems), problems)
+        problems.append(Problem(kind="stage", unit="", file="manifest.json", message=str(error)))
+        manifest = None
+    units = _unfinished(found) if manifest is None else _finished(manifest, problems)
+    return _verify_units(found, units, problems)
 
 
 def sha256_of(place: Location) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from pipelines.caches.lookup import Found, RecipeFinder, recipe_of_run, stages_of
 from pipelines.commands.plan import human_bytes
-from pipelines.errors import StageFailed, UserError
+from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.ledger import Ledger
 from pipelines.recipe import CacheRecipe
 from pipelines.recipe_file import load_any_recipe
@@ -23,7 +23,7 @@ NUM_SHOWN = 20  # units or samples a command tells people of; programs get all
 
 def ls(options: Namespace) -> int:
     """List what the store holds: finished stages, and how far the others are."""
-    ledger = Ledger.at(options.store)
+    ledger = Ledger.checked(options.store)
     for found in _stages(ledger, options.stage):
         row = _listed(found)
         if options.json:
@@ -83,7 +83,7 @@ def verify(options: Namespace) -> int:
     from pipelines.caches.verification import verify as check
 
     num_unsound = 0
-    for found in _stages(Ledger.at(options.store), options.stage):
+    for found in _stages(Ledger.checked(options.store), options.stage):
         checked = check(found)
         num_unsound += not checked.is_sound
         if options.json:
@@ -115,7 +115,7 @@ def repair(options: Namespace) -> int:
     """
     from pipelines.caches import repair as repairing
 
-    ledger = Ledger.at(options.store)
+    ledger = Ledger.checked(options.store)
     broken = repairing.find_broken(_stages(ledger, options.stage))
     if options.dry_run:
         for one in broken:
@@ -166,7 +166,7 @@ def retry(options: Namespace) -> int:
     """Ask again for samples that failed in passing, and do units that failed."""
     from pipelines.caches.repair import Retry, prepare_retry
 
-    ledger = Ledger.at(options.store)
+    ledger = Ledger.checked(options.store)
     recipe = _recipe(options, ledger)
     retries = prepare_retry(ledger, options.stage, recipe, only_failed=options.only_failed)
 
@@ -222,27 +222,49 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 
 def gc(options: Namespace) -> int:
-    """Show, or with --delete remove, what no kept run or recipe needs."""
+    """Show, or with --delete remove, what no kept run or recipe needs.
+
+    Exit code 1 if something could not be removed, or somebody works there.
+    """
     from pipelines.caches import garbage
 
-    ledger = Ledger.at(options.store)
+    ledger = Ledger.checked(options.store)
     recipes = [load_any_recipe(source) for source in options.keep]
+    _ask_schedulers(ledger)
     kept = garbage.find_kept(ledger, recipes, garbage.parse_age(options.older_than))
-    num_bytes = 0
+    sweep = garbage.Sweep(ledger, kept)
+    num_bytes = num_left = 0
     for one in list(garbage.find_garbage(ledger, kept)):
-        if options.delete:
-            garbage.check_still_at_rest(ledger, kept)
-            garbage.remove(one)
-        num_bytes += one.num_bytes
+        left = sweep.remove(one) if options.delete else ""
+        num_bytes += 0 if left else one.num_bytes
+        num_left += bool(left)
         if options.json:
             row = {"path": str(one.place), "bytes": one.num_bytes, "why": one.why}
-            print(json.dumps({**row, "deleted": options.delete}))
+            print(json.dumps({**row, "deleted": options.delete and not left, "left": left}))
         else:
-            print(f"{human_bytes(one.num_bytes):>10}  {one.place}  ({one.why})")
+            stays = f"; stays: {left}" if left else ""
+            print(f"{human_bytes(one.num_bytes):>10}  {one.place}  ({one.why}{stays})")
     if not options.json:
         done = "removed" if options.delete else "to remove; --delete does it"
         print(f"{human_bytes(num_bytes):>10}  {done}")
-    return 0
+    return 1 if num_left else 0
+
+
+def _ask_schedulers(ledger: Ledger) -> None:
+    """Hear what became of jobs; of those whose scheduler does not answer, all is kept."""
+    from pipelines.commands.schedulers import heard, is_open
+    from pipelines.jobs import Jobs
+
+    jobs = Jobs(ledger)
+    for job in jobs.all():
+        try:
+            if is_open(job):
+                heard(jobs, job)
+        except (UserError, RetryableError) as error:
+            print(
+                f"ediffi: job {job.job_id} is taken for {job.state}, as last heard: {error}",
+                file=sys.stderr,
+            )
 
 
 def _shown(names: list[str]) -> str:

@@ -24,7 +24,7 @@ from pipelines.stage import Json, Receipt
 
 def diff(options: Namespace) -> int:
     """Compare two runs or two stages: settings, units, and on request samples and numbers."""
-    ledger = Ledger.at(options.store)
+    ledger = Ledger.checked(options.store)
     before, after = resolve(ledger, options.before), resolve(ledger, options.after)
     for old, new in pair_stages(before, after):
         row = _difference(options, old, new)

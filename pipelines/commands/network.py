@@ -31,7 +31,7 @@ def network(options: Namespace) -> None:
         UserError: the recipe cannot be planned, or a network cannot be made of its settings.
     """
     recipe = load_recipe(options.recipe, options.overrides)
-    planned = plan(recipe, Ledger.at(options.store))
+    planned = plan(recipe, Ledger.checked(options.store))
     manifests = {one.name: one.record.manifest() for one in planned if one.is_hit}
     try:
         widths = stream_widths(recipe, manifests)

@@ -7,7 +7,9 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from importlib import import_module
 
+STORE = "ediffi-store"  # unless --store, or a profile, names another
 JSON_HELP = "print JSON on stdout"
+_NAMED = "id of a job or a run, or its beginning"
 Command = Callable[[argparse.Namespace], int | None]
 
 
@@ -61,19 +63,34 @@ def plan_options(verb: ArgumentParser) -> None:
         metavar="N",
         help="encode N samples of the recipe's own data on this machine, and predict from that",
     )
-    verb.add_argument(
-        "--price-per-device-hour",
-        dest="prices",
-        action="append",
-        default=[],
-        metavar="[DEVICE=]PRICE",
-        help="such as 0.05, or gpu=2.5; may be given for each device",
-    )
+    from pipelines.commands.prices import price_options
+
+    price_options(verb)
 
 
 def run_options(verb: ArgumentParser) -> None:
     recipe_options(verb)
     verb.add_argument("stages", nargs="*", help="only these stages and what they need")
+    verb.add_argument(
+        "--leave",
+        action="store_true",
+        help="end with code 3 if another run works on one of the stages, instead of waiting for it",
+    )
+    verb.add_argument(
+        "--expect-environment",
+        default="",
+        metavar="DIGEST",
+        help="refuse to start unless the packages are those of the requirements.lock beside the "
+        "recipe, and that is its digest; `submit` says so",
+    )
+    verb.add_argument(
+        "--require-environment",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="refuse to start unless this variable is set here; `submit` to a Ray cluster says so "
+        "of what the profile passes on; may be given several times",
+    )
 
 
 def embed_options(verb: ArgumentParser) -> None:
@@ -101,8 +118,41 @@ def embed_options(verb: ArgumentParser) -> None:
     json_option(verb)
 
 
+def submit_options(verb: ArgumentParser) -> None:
+    recipe_options(verb)
+    verb.add_argument("stages", nargs="*", help="only these stages and what they need")
+    verb.add_argument(
+        "--cluster",
+        required=True,
+        metavar="PROFILE",
+        help="where: a profile's name, or the path of its YAML file",
+    )
+    verb.add_argument(
+        "--dry-run", action="store_true", help="print what would be sent, and do nothing"
+    )
+
+
 def status_options(verb: ArgumentParser) -> None:
-    verb.add_argument("run", nargs="?", default="", help="id of a run, or its beginning; newest")
+    verb.add_argument("name", nargs="?", default="", help=f"{_NAMED}; the newest run")
+    json_option(verb)
+
+
+def logs_options(verb: ArgumentParser) -> None:
+    verb.add_argument("name", nargs="?", default="", help=f"{_NAMED}; the newest run")
+    verb.add_argument("--follow", action="store_true", help="go on until it is over")
+    verb.add_argument(
+        "--unit",
+        default="",
+        metavar="STAGE[/UNIT]",
+        help="what units of a stage said instead, such as embed/t5/train-00000",
+    )
+
+
+def cancel_options(verb: ArgumentParser) -> None:
+    verb.add_argument("name", help=_NAMED)
+
+
+def list_options(verb: ArgumentParser) -> None:
     json_option(verb)
 
 
@@ -114,11 +164,6 @@ def compare_options(verb: ArgumentParser) -> None:
 def encoders_options(verb: ArgumentParser) -> None:
     verb.add_argument("action", choices=("fit",))
     recipe_options(verb)
-
-
-def doctor_options(verb: ArgumentParser) -> None:
-    verb.add_argument("recipe", nargs="?", default="", help="also check what this recipe needs")
-    json_option(verb)
 
 
 # -- the actions of `ediffi cache` ----------------------------------------------------------------

@@ -7,18 +7,27 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from pipelines.commands.prices import DEVICES, Prices
+from pipelines.cost import Devices
 from pipelines.errors import UserError
 from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage
 from pipelines.planning import plan as make_plan
 from pipelines.prediction.cost import Cost, Rate, earlier_rate, predict
+from pipelines.prediction.earlier_runs import EarlierRuns
 from pipelines.prediction.forecast import Forecast, forecast
+from pipelines.prediction.training import (
+    TrainingWork,
+    training_cost,
+    training_rate,
+    training_work,
+)
 from pipelines.recipe import CacheRecipe, ReadyShards
 from pipelines.recipe_file import load_any_recipe
+from pipelines.recipe_resources import Resources
 from pipelines.stage import Json, Manifest
 
 INGEST = "ingest"
-DEVICES = ("gpu", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +42,9 @@ class Outlook:
 
 def plan(options: Namespace) -> None:
     """Print every stage with hit or miss, the reason, and what is to do."""
-    prices = parse_prices(options.prices)
+    prices = Prices.of_options(options)
     recipe = load_any_recipe(options.recipe, options.overrides)
-    ledger = Ledger.at(options.store)
+    ledger = Ledger.checked(options.store)
     planned = make_plan(recipe, ledger)
     manifests = {one.name: one.record.manifest() for one in planned if one.is_hit}
     rates: Mapping[str, Rate] = {}
@@ -55,28 +64,6 @@ def plan(options: Namespace) -> None:
         print(total)
 
 
-def parse_prices(texts: Sequence[str]) -> dict[str, float]:
-    """Prices of an hour by device from `0.05`, which is for all, and `gpu=2.5`.
-
-    Raises:
-        UserError: the device is unknown or the price is no number.
-    """
-    prices: dict[str, float] = {}
-    for text in texts:
-        device, separator, amount = text.rpartition("=")
-        try:
-            price = float(amount)
-        except ValueError:
-            price = -1.0
-        if (separator and device not in DEVICES) or not 0 <= price < float("inf"):
-            raise UserError(
-                "--price-per-device-hour must be a price such as 0.05, or gpu=2.5 and cpu=0.04, "
-                f"got {text!r}"
-            )
-        prices |= dict.fromkeys([device] if separator else DEVICES, price)
-    return prices
-
-
 # -- what is to do --------------------------------------------------------------------------------
 
 
@@ -87,7 +74,7 @@ def look_ahead(
     manifests: Mapping[str, Manifest],
     rates: Mapping[str, Rate],
     notes: Mapping[str, str],
-    prices: Mapping[str, float],
+    prices: Prices,
 ) -> list[Outlook]:
     """For each stage that misses: its units, and what they will take as far as that is known.
 
@@ -96,15 +83,20 @@ def look_ahead(
         rates: from a probe, by stage; what was measured before stands in for those not here.
         notes: by stage, why the probe has no rate for it.
     """
-    coming = _Coming(recipe=recipe, manifests=manifests)
+    coming = _Coming(recipe=recipe, manifests=manifests, prices=prices)
+    earlier = EarlierRuns(ledger)
     outlooks = []
     for one in planned:
         if one.is_hit:
             outlooks.append(Outlook(planned=one))
             continue
         units, note = coming.forecast(one, ledger)
-        rate = rates.get(one.name) or earlier_rate(one, ledger)
-        cost = coming.cost(one, units, rate, prices) if rate is not None else None
+        if (work := training_work(recipe, one.name)) is not None:
+            cost = coming.training_cost(one, work, units, earlier)
+            outlooks.append(Outlook(planned=one, units=units, cost=cost, note=note))
+            continue
+        rate = rates.get(one.name) or earlier_rate(one, earlier)
+        cost = coming.cost(one, units, rate) if rate is not None else None
         if one.name == INGEST and rate is not None:
             coming.expect(units, cost, rate)
         note = note or notes.get(one.name, "")
@@ -118,6 +110,7 @@ class _Coming:
 
     recipe: CacheRecipe
     manifests: Mapping[str, Manifest]
+    prices: Prices
     num_samples: int = 0  # that ingest will hold when it is finished, if that can be told
 
     def forecast(self, one: PlannedStage, ledger: Ledger) -> tuple[Forecast | None, str]:
@@ -138,9 +131,7 @@ class _Coming:
         num_in = num_done * rate.num_samples_per_unit + (cost.num_samples if cost else 0)
         self.num_samples = round(num_in * rate.num_out_fraction)
 
-    def cost(
-        self, one: PlannedStage, units: Forecast | None, rate: Rate, prices: Mapping[str, float]
-    ) -> Cost | None:
+    def cost(self, one: PlannedStage, units: Forecast | None, rate: Rate) -> Cost | None:
         """What is to do; all samples that ingest will have where the units are not known yet."""
         if units is not None and not units.num_to_do:
             return None
@@ -157,8 +148,29 @@ class _Coming:
             num_unsized=units.num_unsized,
             resources=resources,
             num_workers=num_workers,
-            prices=prices,
+            prices=self._prices(one.name, resources),
         )
+
+    def training_cost(
+        self,
+        one: PlannedStage,
+        work: TrainingWork,
+        units: Forecast | None,
+        earlier: EarlierRuns,
+    ) -> Cost | None:
+        """What training has still to see, whether or not its inputs are there."""
+        rate = training_rate(work, one, earlier)
+        if rate is None:
+            return None
+        resources = self.recipe.resources_of(one.name)
+        prices = self._prices(one.name, resources)
+        return training_cost(work, rate, one, resources, prices, is_fresh=units is None)
+
+    def _prices(self, stage: str, resources: Resources) -> dict[str, float]:
+        """Of an hour of the device that the stage counts by, where its units are done."""
+        device = Devices.of(resources.cpus, resources.gpus).device
+        price = self.prices.of(device, stage, resources.node_group)
+        return {} if price is None else {device: price}
 
 
 # -- words ----------------------------------------------------------------------------------------
@@ -214,6 +226,8 @@ def _units(units: Forecast) -> str:
 def _cost(cost: Cost) -> str:
     words = [f"{cost.num_samples:,} samples"] * bool(cost.num_samples)
     words += [human_bytes(cost.num_bytes), f"{cost.device_hours:,.3g} {cost.device}-hours"]
+    if cost.seconds is not None:
+        words.append(human_time(cost.seconds))
     if cost.money is not None:
         words.append(f"{cost.money:,.2f} at that price")
     return "about " + ", ".join(words)
@@ -234,6 +248,14 @@ def _total(outlooks: Sequence[Outlook]) -> str:
     if priced:
         words.append(f"{sum(priced):,.2f} at that price")
     return f"{'total':<18} about {', '.join(words)}"
+
+
+def human_time(seconds: float) -> str:
+    """`3.2 h`: one figure and the unit that suits it."""
+    for unit, unit_s, from_s in (("days", 86400, 172800), ("h", 3600, 3600), ("min", 60, 60)):
+        if seconds >= from_s:
+            return f"{seconds / unit_s:,.1f} {unit}"
+    return f"{seconds:,.1f} s"
 
 
 def human_bytes(num_bytes: float) -> str:

@@ -8,13 +8,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.ledger import Ledger
 from pipelines.location import Location, location
 from pipelines.recipe import CacheRecipe
-from pipelines.recipe_file import load_recipe
+from pipelines.recipe_file import load_any_recipe, load_recipe
 from pipelines.stage import Json, Manifest
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def run(options: Namespace) -> None:
     """Run a recipe to the end, or the chosen stages with all they need."""
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_any_recipe(options.recipe, options.overrides)
     record = execute_recipe(recipe, options, options.stages)
     if not options.json:
         print_table(record)
@@ -33,7 +33,7 @@ def demo(options: Namespace) -> None:
     """Draw the embedded data set, serve it on loopback and run the demo recipe on it."""
     from pipelines.planning import plan as make_plan
 
-    store = Ledger.at(options.store).store
+    store = Ledger.checked(options.store).store
     data = (store if isinstance(store, Path) else Path("ediffi-store").absolute()) / "demo-data"
     overrides = [f"data.list={data / 'captions.parquet'}"]
     if (os.cpu_count() or 1) < 2:
@@ -44,7 +44,7 @@ def demo(options: Namespace) -> None:
 
             write_data_set(data)
         recipe = load_recipe("demo", overrides)
-        if not make_plan(recipe, Ledger.at(options.store))[0].is_hit:
+        if not make_plan(recipe, Ledger.checked(options.store))[0].is_hit:
             from pipelines.demo.server import serve_directory
 
             address = stack.enter_context(serve_directory(data))
@@ -59,11 +59,12 @@ def execute_recipe(recipe: CacheRecipe, options: Namespace, selected: Sequence[s
     from pipelines.workflow import run_recipe
 
     ledger = Ledger.open(options.store)
+    patience: dict[str, Any] = {"busy": "leave"} if getattr(options, "leave", False) else {}
     try:
-        record = run_recipe(recipe, ledger, selected=selected)
-    except (StageFailed, RetryableError):
-        if options.json:
-            print(json.dumps(_result(ledger, ledger.runs()[0])))
+        record = run_recipe(recipe, ledger, selected=selected, **patience)
+    except (StageFailed, RetryableError) as error:
+        if options.json and error.record is not None:
+            print(json.dumps(_result(ledger, error.record)))
         raise
     if options.json:
         print(json.dumps(_result(ledger, vars(record))))
@@ -82,7 +83,7 @@ def _result(ledger: Ledger, record: Json) -> Json:
 
 def print_table(record: RunRecord) -> None:
     """What a person wants to know after a run."""
-    from pipelines.tracking import default_uri, without_password
+    from pipelines.tracking_place import default_uri, without_password
 
     for row in record.stages:
         seconds = f"{row['seconds']:8.1f} s" if row["state"] == "ran" else " " * 10
@@ -132,43 +133,12 @@ def _figures(record: Json) -> dict[str, float]:
     return {}
 
 
-def status(options: Namespace) -> None:
-    """Print a run's stages with units done, from the ledger alone."""
-    from pipelines.workflow import RunRecord
-
-    ledger = Ledger.at(options.store)
-    record = ledger.run(options.run) if options.run else next(iter(ledger.runs()), None)
-    if record is None:
-        raise UserError(f"no runs in {ledger.store}: start one with `ediffi run RECIPE`")
-    if RunRecord(**record).is_orphan:
-        record["state"] = "killed"
-    if options.json:
-        print(json.dumps(record))
-        return
-    print(f"{record['run_id']}  {record['state']}  started {record['started']}")
-    for one in _progress(record, ledger):
-        print(one)
-    if record["error"]:
-        print(record["error"])
-
-
-def _progress(record: Json, ledger: Ledger) -> list[str]:
-    from pipelines.caches.lookup import recipe_of_run
-    from pipelines.planning import plan as make_plan
-
-    recipe = recipe_of_run(record)
-    lines = []
-    for one in make_plan(recipe, ledger):
-        state = "complete" if one.is_hit else "; ".join(one.reasons)
-        lines.append(f"{one.name:<18} {state}")
-    return lines
-
-
 def compare(options: Namespace) -> None:
     """Print the settings that differ between runs and the figures of each."""
+    from pipelines.cost import cost_of_run
     from pipelines.fingerprint import flatten
 
-    ledger = Ledger.at(options.store)
+    ledger = Ledger.checked(options.store)
     records = [ledger.run(run_id) for run_id in options.runs]
     settings = [dict(flatten(record["resolved"])) for record in records]
     names = sorted(set().union(*settings))
@@ -178,6 +148,7 @@ def compare(options: Namespace) -> None:
         if len({json.dumps(values.get(name, "absent")) for values in settings}) > 1
     }
     figures = [_figures(record) for record in records]
+    figures = [one | cost_of_run(ledger, record).metrics() for one, record in zip(figures, records)]
     measured = {name: [one.get(name) for one in figures] for name in sorted(set().union(*figures))}
     seconds = {"seconds": [record["seconds"] for record in records]}
     ids = [record["run_id"] for record in records]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage
+from pipelines.prediction.earlier_runs import EarlierRuns
 from pipelines.recipe import Resources
 from pipelines.stage import Json, Totals
 from pipelines.stage_record import StageRecord
@@ -31,6 +31,7 @@ class Rate:
         num_bytes: published, per sample (per unit).
         num_out_fraction: samples that come out for one that goes in.
         source: where this is known from, for people.
+        num_at_once: units that were done side by side there; 0 if that is not known.
     """
 
     num_samples_per_unit: float
@@ -38,21 +39,26 @@ class Rate:
     num_bytes: float
     num_out_fraction: float
     source: str
+    num_at_once: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """A prediction. Device-hours are of GPUs if the stage takes any, else of CPUs."""
+    """A prediction. Device-hours are of GPUs if the stage takes any, else of CPUs.
+
+    `seconds` is the time until it is done, with as many units side by side as there were before.
+    """
 
     num_samples: int
     num_bytes: int
     device: str  # gpu | cpu
     device_hours: float
+    seconds: float | None  # None: nobody knows how many units run side by side
     money: float | None  # None: no price was given
     source: str
 
 
-def _rate(totals: Totals, seconds: float, source: str) -> Rate | None:
+def _rate(totals: Totals, seconds: float, source: str, num_at_once: float = 0.0) -> Rate | None:
     """Per sample, or per unit where none are counted; None if nothing was done."""
     num = totals.num_in or totals.num_units
     if not num:
@@ -63,19 +69,21 @@ def _rate(totals: Totals, seconds: float, source: str) -> Rate | None:
         num_bytes=totals.num_bytes / num,
         num_out_fraction=totals.num_out / totals.num_in if totals.num_in else 1.0,
         source=source,
+        num_at_once=num_at_once,
     )
 
 
-def earlier_rate(planned: PlannedStage, ledger: Ledger) -> Rate | None:
+def earlier_rate(planned: PlannedStage, earlier: EarlierRuns) -> Rate | None:
     """What the stage itself has taken so far, else the newest whose samples cost the same."""
     rate = _rate_so_far(planned.record)
     if rate is not None:
         return rate
     asked = planned.stage.identity()
-    for manifest in ledger.manifests(planned.name):
+    for manifest in earlier.ledger.manifests(planned.name):
         if _costs_the_same(manifest.identity["config"], asked):
-            source = f"measured by {manifest.fingerprint}"
-            rate = _rate(manifest.totals, manifest.seconds, source)
+            source = f"measured by run {manifest.run_id}"
+            at_once = earlier.num_at_once(manifest)
+            rate = _rate(manifest.totals, manifest.seconds, source, at_once)
             if rate is not None:
                 return rate
     return None
@@ -116,12 +124,14 @@ def predict(
     num_samples += round(num_unsized * rate.num_samples_per_unit)
     num = num_samples if rate.num_samples_per_unit else num_units
     device, num_devices = ("gpu", resources.gpus) if resources.gpus else ("cpu", resources.cpus)
-    hours = num * rate.seconds * num_devices * num_workers / SECONDS_PER_HOUR
+    seconds = num * rate.seconds
+    hours = seconds * num_devices * num_workers / SECONDS_PER_HOUR
     return Cost(
         num_samples=num_samples,
         num_bytes=round(num * rate.num_bytes),
         device=device,
         device_hours=hours,
+        seconds=seconds / rate.num_at_once if rate.num_at_once else None,
         money=hours * prices[device] if device in prices else None,
         source=rate.source,
     )

@@ -33,11 +33,10 @@ class Forecast:
     num_unsized: int = 0
     first: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, unit: Unit, why: str, shard_images: int) -> None:
+    def add(self, unit: Unit, why: str, num_samples: int | None) -> None:
         self.num_to_do += 1
         if len(self.first) < NUM_UNITS_SHOWN:
             self.first.append((unit.id, why))
-        num_samples = _samples_in(unit, shard_images)
         if num_samples is None:
             self.num_unsized += 1
         else:
@@ -72,7 +71,8 @@ def forecast(
             found.num_taken_over += 1
         else:
             parts = changed_parts(before[0], unit.key) if before else []
-            found.add(unit, f"{', '.join(parts)} changed" if parts else "", shard_images)
+            num_samples = samples_in(planned.name, unit, shard_images)
+            found.add(unit, f"{', '.join(parts)} changed" if parts else "", num_samples)
     return found
 
 
@@ -90,8 +90,13 @@ def _keys(record: StageRecord) -> Iterator[tuple[str, str]]:
             yield unit, receipt.key
 
 
-def _samples_in(unit: Unit, shard_images: int) -> int | None:
-    """Samples that a unit starts from, as its own arguments tell; None if they do not."""
+def samples_in(stage: str, unit: Unit, shard_images: int) -> int | None:
+    """Samples that a unit starts from, as its own arguments tell; None if they do not.
+
+    Arguments of other stages than these two, such as of a user's own, mean what they like.
+    """
+    if stage.partition("/")[0] not in ("ingest", "embed"):
+        return None
     if unit.id == NULL_UNIT:
         return 0
     if "num_samples" in unit.arguments:

@@ -6,6 +6,7 @@ from pipelines.recipe import CacheRecipe, Recipe
 from pipelines.stage import Stage
 from pipelines.stages.assemble import Assemble
 from pipelines.stages.clip_fit import FitClip
+from pipelines.stages.custom import add_custom
 from pipelines.stages.embed import Embed
 from pipelines.stages.embed_cache import AdoptCache
 from pipelines.stages.evaluate import Evaluate
@@ -19,7 +20,16 @@ from pipelines.stages.train_super_resolution_experts import TrainSuperResolution
 
 
 def build_stages(recipe: CacheRecipe) -> list[Stage]:
-    """Every stage of a recipe, each after those it needs."""
+    """Every stage of a recipe, each after those it needs.
+
+    Raises:
+        UserError: a custom stage cannot be had, see `pipelines.stages.custom`.
+    """
+    stages = _our_stages(recipe)
+    return add_custom(stages, recipe.custom_stages) if recipe.custom_stages else stages
+
+
+def _our_stages(recipe: CacheRecipe) -> list[Stage]:
     stages: list[Stage] = [ingest_stage(recipe)]
     if recipe.clip_fit is not None:
         stages.append(FitClip(config=recipe.clip_fit, seed=recipe.seed))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.recipe import Encoder
 from pipelines.stage import File, Json, Manifest, Receipt
+from pipelines.stand_ins import is_stand_in
 
 if TYPE_CHECKING:
     from ediffi.conditioning import StreamConfig
@@ -81,8 +82,12 @@ def stream_configs(
 
 
 def snapshot_paths(manifest: Manifest) -> dict[str, Path]:
-    """Snapshot directories of a training stage by unit."""
-    return {receipt.unit: manifest.local_folder(receipt.unit) for receipt in manifest.receipts}
+    """Snapshot directories of a training stage by unit; none for those that were not trained."""
+    return {
+        receipt.unit: manifest.local_folder(receipt.unit)
+        for receipt in manifest.receipts
+        if not is_stand_in(receipt)
+    }
 
 
 def without(values: Mapping[str, Json], names: Iterable[str]) -> dict[str, Json]:

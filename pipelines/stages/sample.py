@@ -19,6 +19,7 @@ from pipelines.recipe_sampling import Sampling
 from pipelines.stage import Json, Manifest, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.assemble import ENSEMBLE_FOLDER, ensemble_path
 from pipelines.stages.inputs import image_shards, shard_file
+from pipelines.stages.untrained_experts import missing_experts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,7 +106,9 @@ class Sample:
         import ediffi
 
         generator = ediffi.load(
-            ensemble_path(workspace.inputs["assemble"]), device=workspace.device
+            ensemble_path(workspace.inputs["assemble"]),
+            device=workspace.device,
+            missing_experts=missing_experts(workspace.inputs["assemble"]),
         )
         grids = {
             PROMPTS_UNIT: self._draw_prompts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pipelines.recipe import Recipe
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
@@ -23,10 +23,15 @@ class TrainExperts:
     name: ClassVar[str] = "experts"
     version: ClassVar[int] = 1
     gang: ClassVar[bool] = True
+    stand_in: ClassVar[str] = "base"
 
     @property
     def needs(self) -> tuple[str, ...]:
         return ("base", "ingest", *self.embeds)
+
+    @property
+    def min_success(self) -> int | Literal["all"]:
+        return self.recipe.experts.min_success
 
     def identity(self) -> Json:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pipelines.recipe import Recipe
 from pipelines.recipe_super_resolution import SuperResolutionExperts
@@ -31,6 +31,14 @@ class TrainSuperResolutionExperts:
     @property
     def name(self) -> str:
         return STAGE_PREFIX + self.model
+
+    @property
+    def stand_in(self) -> str:
+        return PARENT_PREFIX + self.model
+
+    @property
+    def min_success(self) -> int | Literal["all"]:
+        return self.experts.min_success
 
     @property
     def needs(self) -> tuple[str, ...]:

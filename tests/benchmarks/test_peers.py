@@ -1,5 +1,6 @@
 """A peer is a process that answers one line for each request, in an environment of its own."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +48,25 @@ def test_environment_is_made_once(tmp_path: Path, monkeypatch) -> None:
     assert commands[1][-1] == "a==1"
     (path_file,) = tmp_path.glob("x/lib/*/site-packages/ours.pth")
     assert path_file.read_text().strip().endswith("site-packages")
+
+
+def test_environment_alone_sees_nothing_of_ours(tmp_path: Path, monkeypatch) -> None:
+    """Real environments: one behind which ours stands, and one that stands alone."""
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(peers, "_run", _without_pip)
+    code = "import importlib.util; print(importlib.util.find_spec('pydantic') is not None)"
+    for alone in (False, True):
+        python = environment(f"alone-{alone}", [], alone=alone)
+        found = subprocess.run([str(python), "-c", code], capture_output=True, text=True).stdout
+        assert found.strip() == str(not alone)
+
+
+def _without_pip(command: list[str]) -> str:
+    if "pip" in command:
+        return ""
+    return subprocess.run(
+        [*command, "--without-pip"], check=True, capture_output=True
+    ).stdout.decode()
 
 
 def test_failed_installation_is_told(tmp_path: Path, monkeypatch) -> None:

@@ -1,6 +1,5 @@
 """Tests of pipelines.cli: exit codes, misspelt commands, and what an error looks like."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ def raising(error: BaseException) -> Any:
         (UserError("base.lrr: unknown field"), 2, "ediffi: base.lrr: unknown field\n"),
         (StageFailed("2 of 3 units failed"), 1, "ediffi: 2 of 3 units failed\n"),
         (RetryableError("told to end"), 3, "ediffi: told to end\n"),
+        (StageFailed("at http://me:s3cr3t@h"), 1, "ediffi: at http://me:***@h\n"),
         (KeyboardInterrupt(), 130, "ediffi: stopped; run the same command to go on\n"),
     ],
 )
@@ -113,8 +113,8 @@ def test_the_store_may_stand_before_or_after_the_command() -> None:
 def test_commands_of_the_command_line() -> None:
     """The surface that scripts depend on: a new or a lost command is a decision."""
     assert list(COMMANDS) == [
-        *("demo", "plan", "network", "run", "embed", "status", "sample", "compare", "ema"),
-        *("cache", "encoders", "doctor"),
+        *("demo", "plan", "network", "run", "submit", "embed", "status", "logs", "cancel", "list"),
+        *("cost", "sample", "compare", "ema", "cache", "encoders", "doctor"),
     ]
     assert list(CACHE_ACTIONS) == ["ls", "verify", "repair", "retry", "gc", "diff"]
 
@@ -140,45 +140,6 @@ def test_a_number_of_things_is_a_whole_number(
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert "must be a whole number such as 200" in capsys.readouterr().err
-
-
-def test_doctor_tells_programs_what_it_found(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A JSON object a finding; one bad finding makes the exit code 1."""
-    from cluster.doctor import Finding
-
-    findings = [
-        Finding(name="python", ok=True, found="3.11"),
-        Finding(name="store", ok=False, found="full", remedy="make room"),
-    ]
-    monkeypatch.setattr("cluster.doctor.examine", lambda needs: findings)
-    assert main(["doctor", "--store", str(tmp_path), "--json"]) == 1
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(one["name"], one["ok"]) for one in told] == [("python", True), ("store", False)]
-    findings.pop()
-    assert main(["doctor", "demo", "--store", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("ok   python")
-
-
-def test_doctor_looks_at_the_bucket_itself(
-    monkeypatch: pytest.MonkeyPatch, s3_store: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An object store is written to; disk space is asked of where work in flight lies."""
-    from cluster.doctor import Finding, Needs
-
-    seen: list[Needs] = []
-
-    def examine(needs: Needs) -> list[Finding]:
-        seen.append(needs)
-        return [Finding(name="store", ok=False, found="not asked for", remedy="none")]
-
-    monkeypatch.setattr("cluster.doctor.examine", examine)
-    assert main(["doctor", "--store", s3_store]) == 0
-    assert f"{s3_store} can be written" in capsys.readouterr().out
-    assert seen[0].store_path.is_dir()
-    assert main(["doctor", "--store", "s3://absent-bucket/x", "--json"]) == 1
-    assert "absent-bucket" in capsys.readouterr().out
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:

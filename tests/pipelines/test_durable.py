@@ -1,6 +1,7 @@
 """Tests of pipelines.durable: what outlives an attempt, in a directory and in a bucket."""
 
 import shutil
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -209,3 +210,19 @@ def test_grids_are_found_in_order(place: Location) -> None:
     ]
     assert all(path.read_text() == "x" for path in found.values())
     assert grids_in(place / "nothing") == {}
+
+
+def test_a_folder_that_was_cleared_away_takes_nothing_from_the_store(
+    s3_store: str, tmp_path: Path
+) -> None:
+    """Another driver took the run for over: the worker's checkpoints in the bucket stay."""
+    place = bucket_of(s3_store)
+    one = Durable(place, new_folder=lambda: Path(tempfile.mkdtemp(dir=tmp_path)))
+    assert one.path.parent == tmp_path
+    checkpoint(one.path, "images-100", "w")
+    assert one._copier is not None
+    one._copier.copy()
+    shutil.rmtree(one.path)
+    with pytest.raises(FileNotFoundError, match=r"what was copied to .* before stays"):
+        one.__exit__()
+    assert "checkpoints/images-100/complete.json" in names(place)

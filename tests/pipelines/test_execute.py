@@ -3,17 +3,22 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from ediffi.train.stop import Stopped
+from pipelines import lease
 from pipelines.durable import read_progress, read_reports
 from pipelines.execute import Task, execute
+from pipelines.lease import Fenced
 from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
+from pipelines.processes import Owner
 from pipelines.recipe import Recipe
 from pipelines.stage import Unit
 from pipelines.stopping import StopMark
@@ -48,7 +53,7 @@ def task(ledger: Ledger, planned: PlannedStage, attempt: int) -> Task:
 
 
 def scratches(task: Task) -> list[Path]:
-    return list((Path(task.store) / ".scratch").glob("*"))
+    return list((Path(task.store) / ".scratch").rglob("?" * 32))
 
 
 def test_a_unit_is_published_and_its_scratch_is_gone(task_of: Callable[..., Task]) -> None:
@@ -125,6 +130,55 @@ def test_a_unit_sees_the_manifests_of_what_its_stage_needs(task_of: Callable[...
     (ledger_of_first.directory / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError):
         execute(replace(one, stage=FakeStage(name="second", behaviour={"a": "reads first"})))
+
+
+def test_a_unit_of_a_lost_stage_is_not_begun(task_of: Callable[..., Task]) -> None:
+    """The worker finds the lease taken over before it does anything."""
+    one = task_of(FakeStage(name="first"))
+    owner = Owner.of_this_process("run-1")
+    lost = lease.take(one.record.directory, owner)
+    lost.release()
+    with lease.take(one.record.directory, owner) as held:
+        with pytest.raises(Fenced):
+            execute(replace(one, token=lost.token))
+        assert attempts(one.record, "a") == []
+        assert execute(replace(one, token=held.token)) is not None
+
+
+def test_training_is_broken_off_when_its_stage_is_lost(task_of: Callable[..., Task]) -> None:
+    """At its next look, before it saves: two would write into one folder of checkpoints."""
+    stage = FakeStage(name="first", behaviour={"a": "trains"})
+    one = task_of(stage)
+    owner = Owner.of_this_process("run-1")
+    held = lease.take(one.record.directory, owner)
+    newer: list[lease.Lease] = []
+
+    def take_over() -> None:
+        while not (one.durable_path / "trains").exists():
+            time.sleep(0.05)
+        held.release()
+        newer.append(lease.take(one.record.directory, owner))
+
+    thread = Thread(target=take_over)
+    thread.start()
+    with pytest.raises(Fenced):
+        execute(replace(one, token=held.token))
+    thread.join()
+    newer[0].release()
+    assert not (one.durable_path / "saved").exists()
+    assert scratches(one) == []
+
+
+def test_a_unit_given_out_again_is_not_published_by_the_first(task_of: Callable[..., Task]) -> None:
+    """The first worker was only cut off; the second may."""
+    one = task_of(FakeStage(name="first"))
+    with lease.take(one.record.directory, Owner.of_this_process("run-1")) as held:
+        lease.fence(one.record.directory, "a", 2, token=held.token)
+        with pytest.raises(Fenced, match="given out again after attempt 1"):
+            execute(replace(one, token=held.token))
+        receipt = execute(replace(one, token=held.token, attempt=2))
+        assert receipt is not None
+        assert receipt.attempt == 2
 
 
 def write(path: Path, *rows: Mapping[str, float]) -> None:

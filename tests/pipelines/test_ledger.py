@@ -3,17 +3,21 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.errors import UserError
+from pipelines import lease
+from pipelines.errors import RetryableError, UserError
 from pipelines.ledger import Ledger
-from pipelines.location import write_atomically
+from pipelines.location import Location, write_atomically
+from pipelines.planning import plan
+from pipelines.recipe import Recipe
 from pipelines.stage import File, Manifest, Outcome, Receipt, Unit
 from pipelines.stage_record import StageRecord
-from tests.pipelines.fake_stages import write_run
+from tests.pipelines.fake_stages import FakeStage, write_run
 
 UNIT = Unit(id="train-00000")
 
@@ -126,7 +130,7 @@ def test_no_manifest_while_a_unit_lacks_its_receipt(ledger: Ledger) -> None:
     """A stage is complete only with all its units."""
     record = ledger.stage("ingest", "f0")
     publish(ledger, record)
-    with pytest.raises(AssertionError, match="unit other has no receipt"):
+    with pytest.raises(RetryableError, match=r"receipts/other\.json: .* its receipt is not there"):
         record.complete("ingest", {}, {}, {}, [UNIT.id, "other"], "run-1")
     assert not record.is_complete
 
@@ -313,6 +317,29 @@ def test_scratch_directories_never_meet(ledger: Ledger) -> None:
     assert [path.exists() for path in (first, second)] == [False, True]
 
 
+def test_scratch_of_a_run_goes_as_a_whole(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who still copies from it finds no folder with less and less in it, but none."""
+    scratch = ledger.new_scratch("run-1")
+    names: list[bool] = []
+    monkeypatch.setattr("pipelines.ledger.remove_tree", lambda _: names.append(scratch.exists()))
+    ledger.discard_scratch_of("run-1")
+    assert names == [False]
+
+
+def test_a_worker_beside_a_bucket_clears_what_ended_runs_left(
+    s3_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a machine where no driver starts; what is nobody's, or of a run under way, stays."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ledger = Ledger.open(s3_store)
+    write_run(ledger, "over", state="killed")
+    write_run(ledger, "on", state="running")
+    places = {name: ledger.new_scratch(name) for name in ("over", "on", "unknown", "")}
+    ledger.discard_local_scratch_of_ended()
+    left = {name for name, path in places.items() if path.exists()}
+    assert left == {"on", "unknown", ""}
+
+
 def test_an_object_store_holds_a_stage(s3_store: str) -> None:
     """Over real HTTP: publish, read back, take over, forget, find, redo."""
     ledger = Ledger.open(s3_store)
@@ -338,3 +365,217 @@ def test_a_bucket_that_is_not_there_is_named(s3_server: str) -> None:
     """The error says what was to be written where."""
     with pytest.raises(UserError, match="cannot create or write s3://no-such-bucket/x: "):
         Ledger.open("s3://no-such-bucket/x")
+
+
+# -- what somebody else wrote ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"format": 3}', "format must be 2, found 3: a newer version of ediffi made this store"),
+        ('{"format": 1}', "format must be 2, found 1: another version of ediffi made this store"),
+        ('{"for', "must be a JSON object with a format, found something else"),
+        ("[]", "must be a JSON object with a format, found something else"),
+    ],
+)
+def test_a_store_of_another_version_is_not_touched(ledger: Ledger, text: str, words: str) -> None:
+    """Nothing is written there; the error says what to do."""
+    (ledger.store / "ediffi-store.json").write_text(text)
+    with pytest.raises(UserError, match=f"ediffi-store.json: {words}"):
+        Ledger.open(ledger.store)
+    assert [path.name for path in ledger.store.rglob("*") if path.is_file()] == [
+        "ediffi-store.json"
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status",),
+        ("list",),
+        ("plan", "demo"),
+        ("network", "demo"),
+        ("cost",),
+        ("compare", "run"),
+        ("cancel", "run"),
+        ("logs",),
+        ("cache", "ls"),
+        ("cache", "verify"),
+        ("cache", "repair"),
+        ("cache", "retry"),
+        ("cache", "diff", "a", "b"),
+        ("cache", "gc", "--delete", "--older-than", "0m"),
+    ],
+)
+def test_no_command_acts_on_a_store_of_a_newer_version(
+    ledger: Ledger, ediffi: Callable[..., tuple], words: tuple[str, ...]
+) -> None:
+    """It would misread, or remove, what it does not know: a stage that is there stays there."""
+    record = ledger.stage("ingest", "0123456789abcdef")
+    record.open({}, {})
+    (ledger.store / "ediffi-store.json").write_text('{"format": 3}')
+    code, _, err = ediffi(*words)
+    assert code == 2
+    assert "format must be 2, found 3: a newer version of ediffi made this store" in err
+    assert record.is_begun
+
+
+DAMAGES = ['{"unit": "train', "[]", '{"unit": "train-00000", "colour": "blue"}']
+
+
+def test_an_empty_receipt_is_none(ledger: Ledger) -> None:
+    """Its writer died where there are no hard links: the unit is not done, and can be done."""
+    record = ledger.stage("ingest", "f0")
+    token = lease.take(record.directory, lease.Owner.of_this_process("run-1")).token
+    write_atomically(record.directory / "receipts" / f"{UNIT.id}.json", "")
+    assert record.receipt(UNIT.id) is None
+    assert record.done_units() == set()
+    receipt = record.publish(
+        UNIT, Outcome(num_in=1), ledger.new_scratch(), seconds=1, attempt=1, token=token
+    )
+    assert record.receipt(UNIT.id) == receipt
+
+
+@pytest.mark.parametrize("text", DAMAGES)
+def test_a_damaged_receipt_is_named(ledger: Ledger, text: str) -> None:
+    """Half there, or foreign: it proves nothing, and the error says how to make the unit again."""
+    record = ledger.stage("ingest", "f0")
+    publish(ledger, record)
+    path = record.directory / "receipts" / f"{UNIT.id}.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"receipts/train-00000\.json: must be .*cache repair"):
+        record.receipt(UNIT.id)
+
+
+@pytest.mark.parametrize("text", ["{", None])
+def test_damaged_receipts_of_a_finished_stage_are_named(ledger: Ledger, text: str | None) -> None:
+    """Half there or gone: the error says who gathers them again."""
+    record = ledger.stage("ingest", "f0")
+    publish(ledger, record)
+    manifest = record.complete("ingest", {}, {}, {}, [UNIT.id], "run-1")
+    path = record.directory / "receipts.jsonl"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=r"receipts\.jsonl: .* must be .*cache repair. gathers"):
+        list(manifest.receipts)
+
+
+@pytest.mark.parametrize("text", [*DAMAGES, "", "null", '{"format": 2, "totals": {}}'])
+def test_a_damaged_manifest_is_named(ledger: Ledger, text: str) -> None:
+    """The error says how to make it again."""
+    record = ledger.stage("ingest", "f0")
+    publish(ledger, record)
+    record.complete("ingest", {}, {}, {}, [UNIT.id], "run-1")
+    (record.directory / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json.*(cache repair|another version)"):
+        record.manifest()
+
+
+def test_a_manifest_without_its_circumstances_is_damaged(ledger: Ledger) -> None:
+    """They are written first, so that cannot come from a crash."""
+    record = ledger.stage("ingest", "f0")
+    record.complete("ingest", {}, {}, {}, [], "run-1")
+    (record.directory / "made.json").unlink()
+    with pytest.raises(UserError, match=r"made\.json beside it: damaged"):
+        record.manifest()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"identity": 1}'])
+def test_a_damaged_identity_is_named(ledger: Ledger, text: str) -> None:
+    """Without it receipts are judged by their keys: nothing is lost by removing it."""
+    record = ledger.stage("ingest", "f0")
+    record.open({}, {})
+    (record.directory / "identity.json").write_text(text)
+    with pytest.raises(UserError, match=r"identity\.json: must say .*remove this file"):
+        record.open({}, {})
+
+
+def test_without_its_identity_receipts_are_judged_by_their_keys(ledger: Ledger) -> None:
+    """As the error about a damaged one promises: nobody knows what they were made from."""
+    record = ledger.stage("ingest", "f0")
+    assert record.open({}, {"list": "c1"})
+    publish(ledger, record)
+    (record.directory / "identity.json").unlink()
+    assert not record.open({}, {"list": "c2"})
+    assert not record.is_trusted({"list": "c2"})
+
+
+def test_a_stage_that_was_only_leased_is_seen(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
+) -> None:
+    """Its driver was killed before it did anything: it is listed, and nothing is taken from it."""
+    use_stages(FakeStage(name="ingest"))
+    for name in ("ingest", "embed/t5"):
+        lease.take(ledger.stage(name, "0" * 16).directory, lease.Owner.of_this_process("run-1"))
+    (ledger.store / "ingest" / "notes").mkdir()
+    assert sorted(str(one.directory.relative_to(ledger.store)) for one in ledger.records()) == [
+        *(f"embed/t5/{'0' * 16}", f"ingest/{'0' * 16}")
+    ]
+    assert ledger.manifests() == []
+    assert [one.earlier for one in plan(demo_recipe, ledger)] == [()]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"run_id": "run-1"}', '{"run_id": "other"}'])
+def test_a_damaged_run_record_is_named(ledger: Ledger, text: str) -> None:
+    """No stage depends on it, and the error says so."""
+    write_run(ledger, "run-1")
+    (ledger.store / "runs" / "run-1.json").write_text(text)
+    with pytest.raises(UserError, match=r"runs/run-1\.json: must be the record.*move it out"):
+        ledger.runs()
+
+
+# -- leases ---------------------------------------------------------------------------------------
+
+
+def taken_over(directory: Location) -> tuple[int, int]:
+    """Tokens of a driver that lost a stage, and of the one that has it."""
+    owner = lease.Owner.of_this_process("run-2")
+    first = lease.take(directory, owner)
+    first.release()
+    return first.token, lease.take(directory, owner).token
+
+
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_a_driver_that_lost_the_stage_changes_nothing(
+    kind: str, ledger: Ledger, request: pytest.FixtureRequest
+) -> None:
+    """It publishes no unit, takes none over and writes no manifest; what is there stays."""
+    here = Ledger.open(request.getfixturevalue("s3_store")) if kind == "s3" else ledger
+    donor, record = here.stage("ingest", "f0"), here.stage("ingest", "f1")
+    receipt = publish(here, donor)
+    lost, current = taken_over(record.directory)
+    with pytest.raises(lease.Fenced, match="has taken the stage over"):
+        record.take_over(receipt, donor, token=lost)
+    assert record.done_units() == set()
+    taken = record.take_over(receipt, donor, token=current)
+    manifest = record.complete("ingest", {}, {}, {}, [UNIT.id], "run-2", token=current)
+    scratch = here.new_scratch()
+    (scratch / "a.txt").write_text("late")
+    with pytest.raises(lease.Fenced):
+        record.publish(UNIT, Outcome(files=["a.txt"]), scratch, seconds=1, attempt=1, token=lost)
+    with pytest.raises(lease.Fenced):
+        record.complete("ingest", {}, {}, {}, [UNIT.id], "run-1", token=lost)
+    assert record.receipt(UNIT.id) == taken
+    assert record.manifest() == manifest
+    assert (record.directory / "a.txt").read_text() == "a"
+
+
+def test_a_receipt_that_came_meanwhile_is_replaced_by_the_holder_alone(ledger: Ledger) -> None:
+    """The one who lost the stage finds it and is refused, even past its last look."""
+    record = ledger.stage("ingest", "f0")
+    _, current = taken_over(record.directory)
+    scratch = ledger.new_scratch()
+
+    class Meanwhile(dict[str, object]):
+        """Facts that, when they are read, let another receipt come first."""
+
+        def keys(self) -> Any:
+            publish(ledger, record)
+            return super().keys()
+
+    outcome = Outcome(facts=Meanwhile(mine=True))
+    record.publish(UNIT, outcome, scratch, seconds=1, attempt=1, token=current)
+    found = record.receipt(UNIT.id)
+    assert found is not None
+    assert found.facts == {"mine": True}
+    assert found.files == ()

@@ -1,5 +1,6 @@
 """Tests of pipelines.location: the same operations on a directory and on a bucket."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from pipelines.location import (
     Location,
+    create_exclusively,
     duplicate,
     is_remote,
     local_copy,
@@ -101,3 +103,25 @@ def test_a_file_is_at_hand_for_as_long_as_it_is_needed(place: Location) -> None:
     with local_copy(source) as path:
         assert (path.name, path.read_text()) == ("images-1.png", "png")
     assert path.exists() != is_remote(source)
+
+
+def test_where_links_are_unknown_a_write_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty file would stand for a receipt or a lease that nobody wrote."""
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    def no_room(number: int) -> None:
+        if os.readlink(f"/proc/self/fd/{number}").endswith("/a.json"):
+            raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        with pytest.raises(OSError, match="no room"):
+            create_exclusively(tmp_path / "a.json", "text")
+    assert list(tmp_path.iterdir()) == []
+    assert create_exclusively(tmp_path / "a.json", "text")
+    assert not create_exclusively(tmp_path / "a.json", "other")

@@ -75,3 +75,13 @@ def test_brackets_in_a_message_are_text(
     monkeypatch.setenv("TTY_COMPATIBLE", "0")
     Progress().say("gap [0.5, 0.7) in [bold]words[/bold]")
     assert capsys.readouterr().err == "gap [0.5, 0.7) in [bold]words[/bold]\n"
+
+
+def test_secrets_are_not_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a unit said when it failed may hold one."""
+    monkeypatch.setenv("HF_TOKEN", "hf-very-secret")
+    Progress().say("embed/t5/train-3 failed: no hf-very-secret at https://me:s3cr3t@host")
+    said = capsys.readouterr().err
+    assert said == "embed/t5/train-3 failed: no *** at https://me:***@host\n"

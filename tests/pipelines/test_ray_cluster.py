@@ -76,3 +76,46 @@ def test_too_large_a_unit_is_refused(
     with pytest.raises(UserError, match=r"resources\.embed: .*") as caught:
         ray_cluster.check_room("embed/t5", resources, num_workers)
     assert words in str(caught.value)
+
+
+def node(group: str = "", **resources: float) -> Any:
+    labels = {"ray.io/node-group": group} if group else {}
+    return {"Alive": True, "Resources": resources, "Labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("resources", "num_workers", "words"),
+    [
+        (Resources(node_group="big"), 1, "node_group: no node .*=big; its groups: large, small"),
+        (Resources(cpus=3, node_group="small"), 1, "the cluster has 2 and its largest node 2"),
+        (Resources(memory_gib=9), 1, "1 workers of 9 GiB of memory, .* has 8 .*; .* memory_gib"),
+        (Resources(custom={"disk": 2}), 1, r"2 disk, but the cluster has 1 .* or custom\.disk"),
+        (Resources(placement="strict_spread"), 3, "placement: strict_spread takes 3 nodes, .* 2"),
+        (Resources(placement="strict_pack"), 5, "strict_pack takes one node with room for 5"),
+    ],
+)
+def test_every_wish_is_looked_at_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, resources: Resources, num_workers: int, words: str
+) -> None:
+    """Groups of nodes, memory, resources of one's own, placement: the field is named."""
+    nodes = [node("small", CPU=2), node("large", CPU=4, memory=8 * 2**30, disk=1)]
+    monkeypatch.setattr(ray_cluster, "ray", FakeRay([], nodes))
+    fitting = Resources(memory_gib=8, custom={"disk": 1}, node_group="large")
+    ray_cluster.check_room("base", fitting, 1)
+    ray_cluster.check_room("base", Resources(placement="strict_spread"), 2)
+    ray_cluster.check_room("base", Resources(placement="strict_pack"), 4)
+    with pytest.raises(UserError, match=rf"resources\.base.*{words}"):
+        ray_cluster.check_room("base", resources, num_workers)
+
+
+def test_actors_get_what_the_recipe_says() -> None:
+    """What is not asked for is not named, so that Ray's own defaults hold."""
+    assert ray_cluster.actor_options(Resources()) == {"num_cpus": 1, "num_gpus": 0}
+    asked = Resources(gpus=1, memory_gib=0.5, custom={"disk": 2}, node_group="large")
+    assert ray_cluster.actor_options(asked) == {
+        "num_cpus": 1,
+        "num_gpus": 1,
+        "memory": 2**29,
+        "resources": {"disk": 2},
+        "label_selector": {"ray.io/node-group": "large"},
+    }

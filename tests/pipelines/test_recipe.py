@@ -212,3 +212,27 @@ def test_encoder_section_mirrors_the_library() -> None:
 def test_clip_fit_section_names_only_what_the_library_knows() -> None:
     """Whatever the section says is passed on whole, so it may say nothing else."""
     assert set(ClipFit.model_fields) <= {field.name for field in fields(ClipFitConfig)}
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("resources.base.custom={CPU: 2}", "'CPU' is no custom resource: use cpus, gpus or memory"),
+        ("resources.base.timeout_s=never", "resources.base.timeout_s"),
+        ("resources.base.node_group='a b'", "resources.base.node_group: String should match"),
+        ("resources.base.placement=near", "'pack', 'spread', 'strict_pack' or 'strict_spread'"),
+        ("resources.base.backoff_s=-1", "resources.base.backoff_s: Input should be greater"),
+    ],
+)
+def test_resources_that_make_no_sense_are_refused(override: str, answer: str) -> None:
+    """Each field says what it may be."""
+    assert answer in refusal(override)
+
+
+def test_resources_enter_no_fingerprint() -> None:
+    """Work that is done stays done, whatever it took and however stubbornly it was tried."""
+    words = "{timeout_s: 5, backoff_s: 9, node_group: gpu, placement: spread, memory_gib: 1}"
+    changed = load_recipe("demo", [f"resources.base={words}", f"resources.experts={words}"])
+    for ours, theirs in zip(build_stages(load_recipe("demo")), build_stages(changed), strict=True):
+        if ours.name in ("base", "experts"):
+            assert ours.identity() == theirs.identity()

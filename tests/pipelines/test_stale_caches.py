@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import create_autospec
 
 import pytest
@@ -23,6 +23,7 @@ from PIL import Image
 from pipelines.execute import Task, execute
 from pipelines.ledger import Ledger
 from pipelines.planning import plan
+from pipelines.pool import Started
 from pipelines.progress import Progress
 from pipelines.recipe import CacheRecipe, Resources
 from pipelines.runner import Runner
@@ -41,13 +42,16 @@ Json = Any
 class InProcess:
     """Stands in for the pool of actors: each unit is done on dispatch, here."""
 
-    def dispatch(self, task: Task, resources: Resources) -> ray.ObjectRef:
-        return ray.put(execute(task))
+    arriving: ClassVar[tuple[()]] = ()
+
+    def dispatch(self, task: Task, resources: Resources) -> Started:
+        reference = ray.put(execute(task))
+        return Started(reference, begins=reference)
 
     def release(self, reference: ray.ObjectRef, *, lost: bool) -> None:
         assert not lost
 
-    def retire_idle(self) -> None:
+    def retire(self) -> None:
         """There are none."""
 
 
@@ -74,7 +78,7 @@ class Team:
         progress = create_autospec(Progress, instance=True)
         tracker = create_autospec(Tracker, instance=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pipelines.runner.WorkerPool", InProcess)
+            patch.setattr("pipelines.flights.WorkerPool", InProcess)
             one = Runner(recipe, ledger, planned, run_id="run", tracker=tracker, progress=progress)
             one.run()
         self.said += [call.args[0] for call in progress.say.call_args_list]

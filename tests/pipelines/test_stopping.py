@@ -120,3 +120,36 @@ def test_a_worker_that_is_sent_sigterm_is_asked_to_stop(tmp_path: Path) -> None:
     assert not any(listener() for listener in listeners)
     os.kill(os.getpid(), signal.SIGTERM)
     assert all(listener() for listener in listeners)
+
+
+def test_the_nodes_notice_is_a_wish_to_end(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the file is there the driver ends as by SIGTERM, and says which file it was."""
+    notice = tmp_path / "notice"
+    monkeypatch.setenv("EDIFFI_PREEMPTION_FILE", str(notice))
+    interruption = Interruption()
+    assert interruption.look() is None
+    notice.touch()
+    assert interruption.look() is None  # it has looked just now
+    clock[0] += module.LOOK_S
+    error = interruption.look()
+    assert isinstance(error, RetryableError)
+    assert str(notice) in str(error)
+    notice.unlink()
+    assert interruption.look() is error
+
+
+def test_workers_hear_the_notice_of_their_own_node(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every rank, for a gang may stand on several nodes; without the variable nobody looks."""
+    listener = StopListener.of(tmp_path, "run-1", rank=1)
+    assert not listener()
+    notice = tmp_path / "notice"
+    notice.touch()
+    clock[0] += module.LOOK_S
+    assert not listener()
+    monkeypatch.setenv("EDIFFI_PREEMPTION_FILE", str(notice))
+    clock[0] += module.LOOK_S
+    assert listener()

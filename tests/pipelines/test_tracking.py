@@ -12,8 +12,9 @@ from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import Recipe
 from pipelines.stage import File, Manifest
-from pipelines.tracking import Tracker, default_uri, draw_curves, without_password
-from tests.pipelines.fake_stages import FakeStage, manifest, receipt
+from pipelines.tracking import Tracker
+from pipelines.tracking_place import default_uri
+from tests.pipelines.fake_stages import FakeStage, manifest, receipt, write_run
 
 ROWS = [{"images": 500.0, "loss": 0.5, "images_per_s": 90.0}, {"images": 1000.0, "loss": 0.25}]
 
@@ -77,7 +78,7 @@ def finished(one: PlannedStage) -> Manifest:
 def finish_run(database: Database) -> None:
     ingest, experts = database.planned["ingest"], database.planned["experts"]
     tracker = database.tracker("run-1")
-    tracker.run_started({"name": "demo", "base": {"lr": 0.001}, "long": "x" * 900}, [])
+    tracker.run_started({"name": "demo", "base": {"lr": 0.001}, "long": "x" * 900})
     tracker.stage_started(ingest, {})
     tracker.stage_finished(finished(ingest), {})
     tracker.stage_started(experts, {"ingest": finished(ingest)})
@@ -94,7 +95,7 @@ def finish_run(database: Database) -> None:
 
 def find_run(database: Database) -> None:
     tracker = database.tracker("run-2")
-    tracker.run_started({"name": "demo"}, [])
+    tracker.run_started({"name": "demo"})
     tracker.stage_cached(database.planned["ingest"], finished(database.planned["ingest"]))
     tracker.stage_started(database.planned["experts"], {})
     tracker.stage_failed("experts", "high: it broke")
@@ -104,7 +105,7 @@ def find_run(database: Database) -> None:
 
 def stop_run(database: Database) -> None:
     tracker = database.tracker("run-3")
-    tracker.run_started({"name": "demo"}, [])
+    tracker.run_started({"name": "demo"})
     tracker.stage_started(database.planned["experts"], {})
     tracker.progress("experts", "low", ROWS)
     tracker.run_finished("KILLED")
@@ -207,22 +208,89 @@ def test_a_stopped_run_leaves_nothing_open(database: Database) -> None:
     }
 
 
-def test_a_killed_run_is_closed_by_the_next(database: Database) -> None:
-    """What a driver left open when it was killed becomes KILLED, whatever recipe comes next."""
-    dead = database.tracker("run-dead")
-    dead.run_started({"name": "demo"}, [])
+def leave_open(database: Database, run_id: str) -> None:
+    """A driver's MLflow runs as a SIGKILL leaves them."""
+    dead = database.tracker(run_id)
+    dead.run_started({"name": "demo"})
     dead.stage_started(database.planned["ingest"], {})
     dead._calls.put(None)  # the process ends here: nothing is closed
     dead._thread.join(60)
-    statuses = {run.info.status for run in database.runs("run-dead").values()}
-    assert statuses == {"RUNNING"}
+    assert statuses(database, run_id) == {"RUNNING"}
+
+
+def statuses(database: Database, run_id: str) -> set[str]:
+    return {run.info.status for run in database.runs(run_id).values()}
+
+
+def test_what_ended_drivers_left_open_is_closed_by_the_next(database: Database) -> None:
+    """By the store's record of each, whatever recipe comes next, however it ended."""
+    for run_id, state in (("run-dead", "killed"), ("run-late", "finished"), ("run-odd", "failed")):
+        leave_open(database, run_id)
+        write_run(database.ledger, run_id, state=state)
     following = database.tracker("run-next", recipe_name="another")
-    following.run_started({"name": "another"}, ["run-dead"])
+    following.run_started({"name": "another"})
     following.run_finished("FINISHED")
     assert following.errors == []
-    statuses = {run.info.status for run in database.runs("run-dead").values()}
-    assert statuses == {"KILLED"}
+    assert statuses(database, "run-dead") == {"KILLED"}
+    assert statuses(database, "run-late") == {"FINISHED"}
+    assert statuses(database, "run-odd") == {"FAILED"}
     assert database.runs("run-1")["demo"].info.status == "FINISHED"
+
+
+def test_runs_that_may_be_alive_are_left_open(database: Database) -> None:
+    """Those noted as running, and those of which this store knows nothing: a server has many."""
+    write_run(database.ledger, "run-alive", state="running")
+    for run_id in ("run-alive", "of-another-store", "../run-alive"):
+        leave_open(database, run_id)
+    following = database.tracker("run-after")
+    following.close_ended()
+    following.run_finished("FINISHED")
+    assert following.errors == []
+    for run_id in ("run-alive", "of-another-store", "../run-alive"):
+        assert statuses(database, run_id) == {"RUNNING"}
+    assert database.runs("run-after") == {}  # closing alone opens nothing
+
+
+def test_a_run_that_was_killed_before_its_parent_was_known_is_closed(database: Database) -> None:
+    """The record has no id of MLflow's yet: the tag that each run is born with is enough."""
+    leave_open(database, "run-early")
+    write_run(database.ledger, "run-early", state="killed", mlflow_run_id="")
+    following = database.tracker("run-then")
+    following.close_ended()
+    following.run_finished("FINISHED")
+    assert statuses(database, "run-early") == {"KILLED"}
+
+
+def test_figures_of_the_run_stand_on_its_parent(database: Database) -> None:
+    """What it cost, measured when all else is told; a measurement that fails harms nothing."""
+    tracker = database.tracker("run-cost")
+    tracker.run_started({"name": "demo"})
+    tracker.figures(lambda: {"cost/device_hours_cpu": 1.5})
+    tracker.figures(lambda: {}["missing"])
+    tracker.run_finished("FINISHED")
+    assert tracker.errors == ["KeyError: 'missing'"]
+    run = database.runs("run-cost")["demo"]
+    assert run.data.metrics["cost/device_hours_cpu"] == 1.5
+    assert run.info.status == "FINISHED"
+
+
+def test_no_secret_reaches_mlflow(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in parameters, nor in the recipe beside them, nor in what a failure says."""
+    monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
+    tracker = database.tracker("run-secret")
+    prefix = "http://me:opensesame@host/"
+    tracker.run_started({"data": {"address_prefix": prefix, "list": ["hunter2hunter2", 3]}})
+    tracker.stage_started(database.planned["ingest"], {})
+    tracker.stage_failed("ingest", f"no hunter2hunter2 at {prefix}")
+    tracker.run_finished("FAILED")
+    assert tracker.errors == []
+    runs = database.runs("run-secret")
+    place = Path(runs["demo"].info.artifact_uri.removeprefix("file://"))
+    recipe = (place / "recipe.json").read_text()
+    told = [recipe, *(str(run.data.to_dictionary()) for run in runs.values())]
+    assert not any("hunter2" in text or "opensesame" in text for text in told)
+    assert "http://me:***@host/" in recipe
+    assert runs["ingest"].data.tags["ediffi.error"] == "no *** at http://me:***@host/"
 
 
 def test_a_server_that_cannot_be_reached_is_no_failure(
@@ -233,10 +301,10 @@ def test_a_server_that_cannot_be_reached_is_no_failure(
         monkeypatch.setenv(name, "0")
     uri = "http://me:secret@127.0.0.1:9"
     tracker = Tracker(uri, store=tmp_path, recipe_name="demo", run_id="run-1")
-    tracker.run_started({"name": "demo"}, [])
+    tracker.run_started({"name": "demo"})
     tracker.stage_failed("ingest", "no matter")
     tracker.run_finished("FAILED")
-    assert len(tracker.errors) == 3
+    assert len(tracker.errors) == 4  # what others left open is looked for, too
     assert "127.0.0.1" in tracker.errors[0]
     assert not any("secret" in error for error in tracker.errors)
     assert tracker.parent_run_id == ""
@@ -249,31 +317,10 @@ def test_a_tracker_that_hangs_is_left_behind(tmp_path: Path) -> None:
     held = Event()
     tracker = Tracker("sqlite://", store=tmp_path, recipe_name="demo", run_id="run-1")
     tracker._connect = lambda: held.wait(60)  # type: ignore[method-assign]
-    tracker.run_started({}, [])
+    tracker.run_started({})
     tracker.run_finished("FINISHED", deadline_s=0.05)
     held.set()
     assert any("still" in error and "behind" in error for error in tracker.errors)
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("https://me:se-cret@host:5000/x", "https://me:***@host:5000/x"),
-        ("postgresql+psycopg2://me:secret@host/db", "postgresql+psycopg2://me:***@host/db"),
-        ("http://host:5000", "http://host:5000"),
-        ("sqlite:////tmp/a@b:c/mlflow.db", "sqlite:////tmp/a@b:c/mlflow.db"),
-    ],
-)
-def test_addresses_are_shown_without_their_password(uri: str, shown: str) -> None:
-    """Only the password is hidden; addresses without one stay as they are."""
-    assert without_password(uri) == shown
-
-
-def test_curves_are_drawn_of_what_was_measured() -> None:
-    """One picture a metric that any unit reported; nothing reported, nothing drawn."""
-    assert [name for name, _ in draw_curves({"low": ROWS})] == ["loss", "images_per_s"]
-    assert [name for name, _ in draw_curves({"low": ROWS[1:]})] == ["loss"]
-    assert list(draw_curves({})) == []
 
 
 def test_pictures_drawn_while_training_are_kept_by_unit(database: Database) -> None:

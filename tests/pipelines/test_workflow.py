@@ -3,15 +3,19 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
+from pipelines import lease, pulse
 from pipelines.errors import RetryableError, StageFailed, UserError
+from pipelines.lease import Lease
 from pipelines.ledger import Ledger
 from pipelines.planning import plan
+from pipelines.processes import Owner, process_table
 from pipelines.recipe import Recipe, Resources
 from pipelines.runner import Runner
 from pipelines.stopping import StopMark
@@ -32,7 +36,7 @@ def tracker(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Mock:
     tracker = Mock(parent_run_id="mlflow-1", errors=[])
     monkeypatch.setattr("pipelines.tracking.Tracker", Mock(return_value=tracker))
     monkeypatch.setattr("pipelines.ray_cluster.connect", lambda: None)
-    monkeypatch.setattr("pipelines.workflow._disconnect", lambda: None)
+    monkeypatch.setattr("pipelines.ray_cluster.disconnect", lambda: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     return tracker
 
@@ -138,7 +142,9 @@ def test_a_tracker_that_fails_does_not_fail_the_run(
     tracker.errors = ["ConnectionError: refused", "ConnectionError: again"]
     use_stages(*stages())
     monkeypatch.setattr(Runner, "run", lambda self: None)
-    assert run_recipe(recipe, ledger).state == "finished"
+    record = run_recipe(recipe, ledger)
+    assert (record.state, record.mlflow_missed) == ("finished", 2)
+    assert pulse.run_ids(ledger.store) == {record.run_id}  # for the next run to close it
     said = capsys.readouterr().err
     assert "MLflow at http://me:***@127.0.0.1:9 missed 2 calls" in said
     assert "ConnectionError: refused" in said
@@ -180,7 +186,8 @@ def test_chosen_stages_bring_what_they_need(ledger: Ledger, demo_recipe: Recipe)
 
 def orphan(**values: Any) -> dict[str, Any]:
     """Fields of a running run whose driver is gone: the process id is that of another process."""
-    return {"state": "running", "pid": os.getpid(), "process_started": 1.0, **values}
+    mine = {"pid": os.getpid(), "process_started": 1.0, "process_table": process_table()}
+    return {"state": "running", **mine, **values}
 
 
 def test_runs_whose_driver_is_gone_are_closed(ledger: Ledger) -> None:
@@ -188,13 +195,13 @@ def test_runs_whose_driver_is_gone_are_closed(ledger: Ledger) -> None:
     write_run(ledger, "done")
     write_run(ledger, "gone", **orphan())
     write_run(ledger, "no-such-process", **orphan(pid=2**22 + 1))
-    ledger.new_scratch()
+    scratch = [ledger.new_scratch(), ledger.new_scratch("gone")]
     mark = StopMark(ledger.store, "gone")
     mark.put()
     assert set(close_orphans(ledger)) == {"gone", "no-such-process"}
     assert ledger.run("gone")["state"] == "killed"
     assert ledger.run("done")["state"] == "finished"
-    assert not (ledger.store / ".scratch").exists()
+    assert not any(path.exists() for path in scratch)
     assert not mark.is_there()
     assert close_orphans(ledger) == []
 
@@ -211,6 +218,68 @@ def test_a_run_that_may_be_alive_is_left_alone(ledger: Ledger, alive: dict[str, 
     assert close_orphans(ledger) == []
     assert ledger.run("alive")["state"] == "running"
     assert scratch.exists()
+
+
+def test_what_a_killed_run_left_is_cleared_beside_a_live_one(ledger: Ledger) -> None:
+    """The live run keeps its own, and so does what is nobody's."""
+    for run_id, fields in (("alive", {"state": "running"}), ("gone", orphan())):
+        write_run(ledger, run_id, **fields)
+    live, dead, nobodys = (ledger.new_scratch(name) for name in ("alive", "gone", ""))
+    assert close_orphans(ledger) == ["gone"]
+    assert [path.exists() for path in (live, dead, nobodys)] == [True, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_a_run_of_another_host_counts_by_its_heartbeat(
+    kind: str, ledger: Ledger, request: pytest.FixtureRequest
+) -> None:
+    """It is closed once it was silent for long by the store's clock, and not before."""
+    here = Ledger.open(request.getfixturevalue("s3_store")) if kind == "s3" else ledger
+    owners = {
+        run_id: Owner(run_id, "another-host", 1, 1.0, "another table") for run_id in ("on", "off")
+    }
+    for owner in owners.values():
+        write_run(here, state="running", **vars(owner))
+    alive = pulse.begin(here.store, owners["on"])
+    silent = lease.acquire(pulse.folder(here.store, "off"), owners["off"], ttl_s=2.0)
+    assert isinstance(silent, Lease)
+    silent.release()  # it beats no more; for the rest, the file is that of a run that was cut off
+    assert close_orphans(here) == []
+    time.sleep(8.0)
+    assert close_orphans(here) == ["off"]
+    alive.release()
+
+
+def test_a_run_that_finds_everything_closes_what_was_killed(
+    recipe: Recipe,
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    use_stages: Callable[..., None],
+) -> None:
+    """A driver killed after its last stage leaves its run open, in the store and in MLflow."""
+    use_stages(*stages())
+    finish_all(plan(recipe, ledger))
+    write_run(ledger, "gone", **orphan())
+    write_run(ledger, "on", state="running")
+    for run_id in ("gone", "on"):
+        pulse.folder(ledger.store, run_id).mkdir()
+    tracker = Mock(errors=["ConnectionError: refused"])
+    monkeypatch.setattr("pipelines.tracking.Tracker", Mock(return_value=tracker))
+    run_recipe(recipe, ledger)
+    assert ledger.run("gone")["state"] == "killed"
+    assert [call[0] for call in tracker.method_calls] == ["close_ended", "run_finished"]
+    assert pulse.run_ids(ledger.store) == {"gone", "on"}  # MLflow did not hear: once more
+    tracker.errors = []
+    run_recipe(recipe, ledger)
+    assert pulse.run_ids(ledger.store) == {"on"}
+
+
+def test_a_record_of_another_version_is_named(ledger: Ledger) -> None:
+    """Its fields are not guessed at."""
+    write_run(ledger, "newer", colour="blue")
+    with pytest.raises(UserError, match=r"runs/newer\.json: another version .*colour"):
+        close_orphans(ledger)
 
 
 def test_two_runs_of_a_second_have_two_ids() -> None:

@@ -19,6 +19,7 @@ from pipelines.stages.alignment import Alignment, clip_alignment, shapes_alignme
 from pipelines.stages.assemble import ensemble_path
 from pipelines.stages.inputs import encoder_config, image_shards, joined_shards, shard_file
 from pipelines.stages.sample import held_out_receipts
+from pipelines.stages.untrained_experts import missing_experts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +68,9 @@ class Material:
         import ediffi
 
         return ediffi.load(
-            ensemble_path(self.workspace.inputs["assemble"]), device=self.workspace.device
+            ensemble_path(self.workspace.inputs["assemble"]),
+            device=self.workspace.device,
+            missing_experts=missing_experts(self.workspace.inputs["assemble"]),
         )
 
     @cached_property

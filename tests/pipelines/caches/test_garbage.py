@@ -1,14 +1,16 @@
 """Tests of pipelines.caches.garbage: what is needed stays, whatever else goes."""
 
-import os
+import errno
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import psutil
 import pytest
 
+from pipelines import lease, pulse
 from pipelines.caches.garbage import (
+    Garbage,
+    Sweep,
     check_still_at_rest,
     find_garbage,
     find_kept,
@@ -19,6 +21,7 @@ from pipelines.caches.lookup import stages_of
 from pipelines.errors import UserError
 from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
+from pipelines.processes import process_table
 from pipelines.recipe import Recipe
 from pipelines.stage import File, Json, Outcome, Unit
 from tests.pipelines.fake_stages import FakeStage, finish, write_run
@@ -98,13 +101,15 @@ def test_stages_of_a_run_under_way_are_not_touched(
     planned = fill(ledger, demo_recipe, use_stages, "new")
     directory = planned["ingest"].record.directory
     (directory / f".a.txt.{'0' * 32}").write_text("being written")
-    (ledger.store / ".scratch" / "x").mkdir(parents=True)
+    ledger.new_scratch("run-1")
+    pulse.folder(ledger.store, "run-1").mkdir(parents=True)
     fingerprints = {one.name: one.fingerprint for one in planned.values()}
     begun = {"started": ago(90 * DAY), "state": "running", "planned": fingerprints}
     write_run(ledger, "run-1", **begun)
     assert places(ledger) == []
-    write_run(ledger, "run-1", **begun, process_started=1.0)  # its driver is gone
-    assert ".scratch" in places(ledger)
+    gone = {"process_started": 1.0, "process_table": process_table()}
+    write_run(ledger, "run-1", **begun, **gone)
+    assert places(ledger)[:2] == [".scratch/run-1", "runs/run-1"]
 
 
 def test_left_over_files_of_a_kept_stage_go(
@@ -121,7 +126,7 @@ def test_left_over_files_of_a_kept_stage_go(
     names = [str(one.place.relative_to(ledger.store)) for one in found]
     stage = f"ingest/{planned['ingest'].fingerprint}"
     assert names == [
-        ".scratch",
+        ".scratch/x",
         f"{stage}/quarantine",
         f"{stage}/.a.txt.{'0' * 32}",
         f"{stage}/b.tar.partial",
@@ -131,6 +136,41 @@ def test_left_over_files_of_a_kept_stage_go(
         remove(one)
     assert places(ledger, demo_recipe) == []
     assert (directory / "a.txt").exists()
+
+
+def test_logs_go_with_the_age_of_their_run(ledger: Ledger) -> None:
+    """Those of runs of which nothing is known any more too; a run under way keeps its logs."""
+    for name, state, age in (("old", "failed", 2), ("new", "failed", 0), ("on", "running", 2)):
+        write_run(ledger, name, state=state, started=ago(age * DAY))
+    for name in ("old", "new", "on", "unknown"):
+        (ledger.store / "logs" / name / "base").mkdir(parents=True)
+    assert places(ledger) == ["logs/old", "logs/unknown"]
+
+
+def test_what_a_finished_stage_no_longer_needs_goes(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
+) -> None:
+    """Checkpoints, fences and leases of earlier drivers; the last token and the progress stay."""
+    planned = fill(ledger, demo_recipe, use_stages, "new")["ingest"]
+    directory = planned.record.directory
+    held = lease.acquire(directory, lease.Owner.of_this_process("run-1"))
+    assert isinstance(held, lease.Lease)
+    held.release()
+    lease.fence(directory, "a", 2, token=held.token)
+    names = ["durable/a/checkpoints/images-1/x.pt", "durable/a/levels/low/checkpoints/y.pt"]
+    for name in (*names, "durable/a/progress.jsonl", "lease/00000000.json"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("12345")
+    stage = f"ingest/{planned.fingerprint}"
+    going = [
+        f"{stage}/durable/a/checkpoints",
+        f"{stage}/durable/a/levels/low/checkpoints",
+        f"{stage}/lease/00000000.json",
+        f"{stage}/lease/fences/a/00000001-000002",
+    ]
+    assert places(ledger, demo_recipe) == going
+    planned.record.forget("a")
+    assert places(ledger, demo_recipe) == going[2:]  # an unfinished stage goes on from checkpoints
 
 
 def test_a_stage_whose_files_another_adopted_stays(
@@ -169,7 +209,130 @@ def test_a_run_that_begins_meanwhile_is_seen(ledger: Ledger) -> None:
     """It may need what is about to go."""
     kept = find_kept(ledger, [], DAY)
     check_still_at_rest(ledger, kept)
-    mine = psutil.Process(os.getpid()).create_time()
-    write_run(ledger, "run-9", state="running", process_started=mine)
+    write_run(ledger, "run-9", state="running")
     with pytest.raises(UserError, match="run-9 began meanwhile"):
         check_still_at_rest(ledger, kept)
+
+
+def test_the_age_of_a_run_is_counted_from_its_end(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
+) -> None:
+    """A run begun long ago and stopped just now is to go on, from its checkpoints."""
+    planned = fill(ledger, demo_recipe, use_stages, "new")
+    stages = rows(*planned.values())
+    write_run(
+        ledger, "run-1", state="stopped", started=ago(31 * DAY), ended=ago(DAY / 24), stages=stages
+    )
+    assert places(ledger) == []
+    write_run(
+        ledger, "run-1", state="stopped", started=ago(31 * DAY), ended=ago(2 * DAY), stages=stages
+    )
+    assert len(places(ledger)) == 2
+
+
+def test_a_run_that_nobody_saw_end_keeps_its_stages(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
+) -> None:
+    """Its driver may only be silent, and the next start goes on with its work."""
+    planned = fill(ledger, demo_recipe, use_stages, "new")
+    gone = {"process_started": 1.0, "process_table": process_table()}
+    begun = {"started": ago(90 * DAY), "state": "running", "stages": rows(*planned.values())}
+    write_run(ledger, "run-1", **begun, **gone)
+    assert places(ledger) == []
+
+
+def test_a_stage_that_was_only_leased_goes(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
+) -> None:
+    """Its driver was killed before it noted anything there; a kept one stays."""
+    use_stages(FakeStage(name="ingest"), FakeStage(name="embed/t5", needs=("ingest",)))
+    kept = plan(demo_recipe, ledger)[1]
+    for name, address in (("embed/t5", kept.fingerprint), ("embed/t5", "0" * 16), ("x", "1" * 16)):
+        lease.take(
+            ledger.stage(name, address).directory, lease.Owner.of_this_process("a")
+        ).release()
+    assert places(ledger, demo_recipe) == [f"embed/t5/{'0' * 16}", f"x/{'1' * 16}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("identity.json", '{"iden'), ("receipts.jsonl", '{"unit": "a"')]
+)
+def test_damage_in_a_kept_stage_is_named(
+    ledger: Ledger,
+    demo_recipe: Recipe,
+    use_stages: Callable[..., None],
+    name: str,
+    text: str,
+) -> None:
+    """What it needs cannot be told, so nothing goes before it is mended."""
+    planned = fill(ledger, demo_recipe, use_stages, "new")["ingest"]
+    (planned.record.directory / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: .* found something else"):
+        find_kept(ledger, [demo_recipe], DAY)
+
+
+def garbage(ledger: Ledger) -> list[Garbage]:
+    return list(find_garbage(ledger, find_kept(ledger, [], DAY)))
+
+
+def test_a_stage_that_somebody_works_on_stays(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None]
+) -> None:
+    """A run between its plan and its record shows by the lease alone; without it the stage goes."""
+    planned = fill(ledger, demo_recipe, use_stages, "old")["ingest"]
+    held = lease.take(planned.record.directory, lease.Owner.of_this_process("run-9"))
+    told = {one.place.parent.name: remove(one) for one in garbage(ledger)}
+    assert told["t5"] == ""
+    assert "run run-9 on" in told["ingest"]
+    assert planned.record.is_complete
+    held.release()
+    assert [remove(one) for one in garbage(ledger)] == [""]
+    assert stages_of(ledger) == []
+
+
+def test_a_full_disk_can_be_cleared(
+    ledger: Ledger,
+    demo_recipe: Recipe,
+    use_stages: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where there is no room for a lease, what nobody holds goes without one."""
+    fill(ledger, demo_recipe, use_stages, "old")
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr("pipelines.lease.create_exclusively", no_room)
+    assert [remove(one) for one in garbage(ledger)] == ["", ""]
+    assert stages_of(ledger) == []
+
+
+def test_what_could_not_be_removed_is_told(
+    ledger: Ledger,
+    demo_recipe: Recipe,
+    use_stages: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A folder in it that this user may not write, for one."""
+    fill(ledger, demo_recipe, use_stages, "old")
+    (ledger.store / "logs" / "run-0").mkdir(parents=True)
+    monkeypatch.setattr("pipelines.caches.garbage.remove_tree", lambda place: None)
+    told = [remove(one) for one in garbage(ledger)]
+    assert len(told) == 3
+    assert all("is still there: see the rights" in one for one in told)
+
+
+def test_runs_are_looked_for_now_and_then(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, demo_recipe: Recipe, use_stages: Callable
+) -> None:
+    """Before the first removal, and again after some seconds: a look reads the record of each."""
+    fill(ledger, demo_recipe, use_stages, "old")
+    kept = find_kept(ledger, [], DAY)
+    sweep, found = Sweep(ledger, kept), garbage(ledger)
+    assert sweep.remove(found[0]) == ""
+    write_run(ledger, "run-9", state="running")
+    monkeypatch.setattr("time.monotonic", lambda: float("inf"))
+    with pytest.raises(UserError, match="run-9 began meanwhile"):
+        sweep.remove(found[1])
+    with pytest.raises(UserError, match="run-9 began meanwhile"):
+        Sweep(ledger, kept).remove(found[1])

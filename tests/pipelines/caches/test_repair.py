@@ -140,6 +140,36 @@ def test_a_damaged_manifest_is_written_anew(store: Ledger, name: str) -> None:
     assert verify(ingest).is_sound
 
 
+def test_stages_of_the_user_are_made_again_after_what_they_read(
+    ledger: Ledger, demo_recipe: Recipe, use_stages: Callable[..., None], run_here: list[str]
+) -> None:
+    """Whatever their names, and with a sound stage in between."""
+    use_stages(
+        FakeStage(name="z"),
+        FakeStage(name="mine", needs=("z",)),
+        FakeStage(name="a", needs=("mine",)),
+        FakeStage(name="ingest", needs=("a",)),
+    )
+    in_process.run_recipe(demo_recipe, ledger)
+    for name in ("a", "z", "ingest"):
+        (found,) = stages_of(ledger, name)
+        (found.record.directory / "a.txt").unlink()
+    assert [one.found.name for one in find_broken(stages_of(ledger))] == ["z", "a", "ingest"]
+
+
+def test_a_damaged_identity_is_written_anew(store: Ledger) -> None:
+    """Units whose keys hold stay as they are."""
+    (ingest,) = stages_of(store, "ingest")
+    (ingest.record.directory / "identity.json").write_text('{"iden')
+    broken = find_broken(stages_of(store))
+    assert [str(one.problems[0]) for one in broken if "identity.json: must" in str(one.problems[0])]
+    drop_lost_manifests(broken)
+    (mended,) = [repair(store, one, RecipeFinder(store)) for one in broken]
+    assert not [*mended.equal, *mended.different]
+    assert ingest.inputs() == {}
+    assert verify(ingest).is_sound
+
+
 # -- retries --------------------------------------------------------------------------------------
 
 

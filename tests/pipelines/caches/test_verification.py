@@ -34,7 +34,7 @@ def test_a_sound_stage_is_counted(found: Found) -> None:
     verified = verify(found)
     assert (verified.num_units, verified.num_files, verified.num_bytes) == (2, 2, 6)
     assert verified.is_sound
-    assert verified.broken_units == []
+    assert verified.problems == []
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_changed_file_is_found(found: Found, text: str, words: str) -> None:
     (problem,) = verify(found).problems
     assert (problem.kind, problem.unit, problem.file) == ("changed", "a", "a.tar")
     assert re.search(words, str(problem))
-    assert verify(found).broken_units == ["a"]
+    assert [problem.unit for problem in verify(found).problems] == ["a"]
 
 
 def test_a_missing_file_is_found(found: Found) -> None:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipelines import lease
 from pipelines.caches.lookup import stages_of
 from pipelines.cli import main
+from pipelines.errors import RetryableError
+from pipelines.jobs import Job, Jobs
 from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe import Recipe
@@ -204,6 +208,58 @@ def test_gc_keeps_what_a_named_recipe_needs(ediffi: Ediffi, filled: Ledger) -> N
     rows = objects(ediffi("cache", "gc", *age, "--keep", "demo", "--json")[1])
     assert [row for row in rows if "needs it" in row["why"]] == []
     assert ediffi("cache", "gc", "--older-than", "soon")[0] == 2
+
+
+def test_gc_tells_what_stays(
+    ediffi: Ediffi, filled: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody works there: the rest goes, the code is 1, and only what went is called removed."""
+    (found,) = stages_of(filled, "ingest")
+    held = lease.take(found.record.directory, lease.Owner.of_this_process("run-9"))
+    age = ("--older-than", "0m", "--delete")
+    code, out, _ = ediffi("cache", "gc", *age, "--json")
+    row = next(row for row in objects(out) if row["path"] == str(found.record.directory))
+    assert (code, row["deleted"]) == (1, False)
+    assert "run run-9 on" in row["left"]
+    code, out, _ = ediffi("cache", "gc", *age)
+    assert (code, out.splitlines()[-1].split()) == (1, ["0", "bytes", "removed"])
+    held.release()
+    assert ediffi("cache", "gc", *age)[0] == 0
+    assert stages_of(filled) == []
+
+
+def test_gc_asks_what_became_of_jobs(
+    ediffi: Ediffi, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody may have since it was submitted; one whose scheduler is silent counts as open."""
+    asked: list[str] = []
+    place = {"profile": {"kind": "local"}, "kind": "local", "profile_name": "laptop"}
+    named = {"recipe": "demo", "store": "s", "stages": (), "command": (), "environment": ""}
+    for number in (1, 2, 3):
+        job_id, state = f"ediffi-demo-0123-{number}", "finished" if number == 3 else "waiting"
+        job = Job(
+            job_id=job_id,
+            **place,
+            **named,
+            native_id="7",
+            state=state,
+            submitted="2026-01-01T00:00:00+00:00",
+        )
+        Jobs(ledger).write(job)
+
+    def heard(jobs: Jobs, job: Job) -> Job:
+        asked.append(job.job_id)
+        if job.job_id.endswith("2"):
+            raise RetryableError("nobody answers")
+        jobs.write(replace(job, state="finished"))
+        return job
+
+    monkeypatch.setattr("pipelines.commands.schedulers.heard", heard)
+    code, out, err = ediffi("cache", "gc", "--json")
+    assert code == 0
+    assert sorted(asked) == ["ediffi-demo-0123-1", "ediffi-demo-0123-2"]
+    assert [row["why"] for row in objects(out)] == ["a job of long ago"]
+    assert "job ediffi-demo-0123-2 is taken for waiting, as last heard: nobody answers" in err
 
 
 @on_both

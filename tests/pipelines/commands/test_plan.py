@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.commands.plan import human_bytes, parse_prices
+from pipelines.commands.plan import human_bytes, human_time
+from pipelines.commands.prices import parse_prices
 from pipelines.errors import UserError
 from pipelines.ledger import Ledger
 from pipelines.planning import plan
@@ -17,7 +18,7 @@ from pipelines.prediction.cost import Rate
 from pipelines.prediction.probe import Probed
 from pipelines.recipe import Recipe
 from tests.pipelines import in_process
-from tests.pipelines.fake_stages import FakeStage
+from tests.pipelines.fake_stages import FakeStage, manifest, receipt, write_run
 
 ROOT = Path(__file__).parents[3]
 
@@ -64,6 +65,23 @@ def test_programs_are_told_everything(ediffi: Callable[..., tuple], filled: Ledg
     assert miss["cost"]["money"] == pytest.approx(miss["cost"]["device_hours"] * 3600)
     assert waiting["units"] is None
     assert waiting["note"] == "units can be told when embed/t5 is finished"
+
+
+def test_a_stage_is_priced_by_its_node_group(
+    ediffi: Callable[..., tuple], filled: Ledger, tmp_path: Path
+) -> None:
+    """By the group that the profile gives it; one that runs anywhere has no clear price."""
+    group = "{cpus_per_node: 2, memory_per_node_gib: 4, prices_per_device_hour: {cpu: %s}}"
+    profile = tmp_path / "far.yaml"
+    place = "kind: ray\nray: {address: 'http://x'}\n"
+    place += f"node_groups:\n  cheap: {group % 1}\n  dear: {group % 3600}\n"
+    profile.write_text(place + "stages: {embed: dear}\n")
+    told = ediffi("plan", "demo", "--json", "--cluster", str(profile))[1]
+    _, miss, _ = json.loads(told)["stages"]
+    assert miss["cost"]["money"] == pytest.approx(miss["cost"]["device_hours"] * 3600)
+    profile.write_text(place)
+    code, _, err = ediffi("plan", "demo", "--cluster", str(profile))
+    assert (code, "cheap, dear ask different prices for a cpu" in err) == (2, True)
 
 
 def test_people_are_told_why_and_how_much(ediffi: Callable[..., tuple], filled: Ledger) -> None:
@@ -163,3 +181,34 @@ sys.exit(main(["--store", str(scene.ledger.store), "plan", str(scene.recipe_path
     assert done.returncode == 0, done.stderr
     assert "units: 20 taken over, 1 to do: train-00000 (captions changed)" in done.stdout
     assert "units: 10 kept, 11 to do" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.25, "0.2 s"), (59, "59.0 s"), (90, "1.5 min"), (7200, "2.0 h"), (259200, "3.0 days")],
+)
+def test_times_are_told_in_the_unit_that_suits(seconds: float, text: str) -> None:
+    """Days only from two on: hours are plainer before."""
+    assert human_time(seconds) == text
+
+
+def test_training_is_predicted_by_an_earlier_run(
+    ediffi: Callable[..., tuple],
+    ledger: Ledger,
+    demo_recipe: Recipe,
+    use_stages: Callable[..., None],
+) -> None:
+    """Before its inputs are there, too; the run that was measured is named."""
+    use_stages(FakeStage(name="base", units=("base",)))
+    (before,) = plan(demo_recipe, ledger)
+    before.record.open({}, {})
+    trained = receipt("base", num_in=1000, num_out=1000, seconds=50.0)
+    manifest(before.record.directory, trained, stage="base")
+    write_run(ledger, "run-1", resolved=demo_recipe.model_dump(mode="json"))
+    use_stages(FakeStage(name="ingest"), FakeStage(name="base", needs=("ingest",)))
+    _, base = json.loads(ediffi("plan", "demo", "--json")[1])["stages"]
+    assert base["units"] is None
+    assert base["cost"]["num_samples"] == demo_recipe.base.final_images
+    assert base["cost"]["seconds"] == pytest.approx(demo_recipe.base.final_images * 0.05)
+    assert base["cost"]["source"] == "measured by base of run run-1"
+    assert "measured by base of run run-1" in ediffi("plan", "demo")[1]

@@ -1,16 +1,19 @@
 """Tests of pipelines.commands.run: what a person, or a program with --json, reads on stdout."""
 
+import errno
 import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from pipelines.errors import StageFailed
+from pipelines.errors import RetryableError, StageFailed
 from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, describe, plan
+from pipelines.processes import process_table
 from pipelines.recipe import Recipe
 from pipelines.stage import Outcome, Unit
+from pipelines.workflow import run_recipe
 from tests.pipelines.fake_stages import FakeStage, finish, write_run
 
 FIGURES = {"ensemble/text_alignment": 0.9, "base/text_alignment": 0.5, "base/loss": 0.25}
@@ -95,14 +98,48 @@ def test_a_failed_run_still_tells_programs_what_is_there(
     """stdout has the object, stderr the reason, the exit code says failed."""
 
     def fail(*_: Any, **__: Any) -> None:
-        write_run(ledger, "demo-1", state="failed", stages=rows(planned["ingest"]))
-        raise StageFailed("stage embed/t5: 1 of 2 units failed")
+        error = StageFailed("stage embed/t5: 1 of 2 units failed")
+        error.record = write_run(
+            ledger, "demo-1", state="failed", stages=rows(planned["ingest"]), started="2026-01-01"
+        )
+        raise error
 
+    write_run(ledger, "another", started="2026-01-02")  # of a driver beside ours
     monkeypatch.setattr("pipelines.workflow.run_recipe", fail)
     code, out, err = ediffi("run", "demo", "--json")
     assert code == 1
+    assert json.loads(out)["run_id"] == "demo-1"
     assert [row["name"] for row in json.loads(out)["stages"]] == ["ingest"]
     assert err == "ediffi: stage embed/t5: 1 of 2 units failed\n"
+
+
+def test_a_run_that_never_began_tells_programs_nothing(
+    ediffi: Callable[..., tuple],
+    ledger: Ledger,
+    planned: dict[str, PlannedStage],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The code and stderr say it; nothing of another run stands on stdout."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RetryableError("no room")
+
+    monkeypatch.setattr("pipelines.workflow.run_recipe", fail)
+    assert ediffi("run", "demo", "--json") == (3, "", "ediffi: no room\n")
+
+
+def test_an_error_of_a_run_has_its_record(
+    ledger: Ledger, demo_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of that run, whatever else is in the store."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr("pipelines.workflow.plan", fail)
+    with pytest.raises(RetryableError) as caught:
+        run_recipe(demo_recipe, ledger)
+    assert caught.value.record == ledger.runs()[0]
 
 
 def test_status_tells_the_newest_run(
@@ -127,7 +164,8 @@ def test_status_tells_the_newest_run(
 
 def test_status_sees_that_the_driver_is_gone(ediffi: Callable[..., tuple], ledger: Ledger) -> None:
     """A run that was killed cannot say so itself."""
-    write_run(ledger, "demo-1", state="running", process_started=1.0)
+    gone = {"process_started": 1.0, "process_table": process_table()}
+    write_run(ledger, "demo-1", state="running", **gone)
     assert json.loads(ediffi("status", "--json")[1])["state"] == "killed"
 
 
@@ -140,7 +178,11 @@ def test_compare_shows_what_differs_and_what_came_of_it(
     write_run(ledger, "run-b", resolved={"lr": 2, "px": 16, "new": True}, seconds=6.0)
     code, out, _ = ediffi("compare", "run-a", "run-b", "--json")
     assert code == 0
-    assert json.loads(out) == {
+    found = json.loads(out)
+    costs = {name: found["figures"].pop(name) for name in list(found["figures"]) if "cost/" in name}
+    assert costs["cost/device_hours_gpu"] == [0.0, 0.0]
+    assert costs["cost/device_hours_cpu"][0] > costs["cost/device_hours_cpu"][1] == 0.0
+    assert found == {
         "runs": ["run-a", "run-b"],
         "settings": {"lr": [1, 2], "new": ["absent", True]},
         "figures": {name: [FIGURES[name], None] for name in FIGURES} | {"seconds": [5.0, 6.0]},

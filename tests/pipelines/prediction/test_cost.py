@@ -8,6 +8,7 @@ import pytest
 from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.prediction.cost import Cost, Rate, earlier_rate, predict
+from pipelines.prediction.earlier_runs import EarlierRuns
 from pipelines.recipe import Recipe, Resources
 from tests.pipelines import in_process
 from tests.pipelines.fake_stages import FakeStage, finish
@@ -73,7 +74,7 @@ def test_the_newest_stage_that_costs_the_same_is_asked(
     finish(planned, {"a": {"a.txt": "12345678"}, "b": {"b.txt": "12"}})
     use_stages(FakeStage(name="embed/t5", setting={"weights": setting, "limit": 2}))
     (planned,) = plan(demo_recipe, ledger)
-    rate = earlier_rate(planned, ledger)
+    rate = earlier_rate(planned, EarlierRuns(ledger))
     assert (rate is not None) == is_known
     if rate is not None:
         assert (rate.seconds, rate.num_bytes, rate.num_samples_per_unit) == (1.0, 5.0, 1.0)
@@ -88,7 +89,7 @@ def test_an_unfinished_stage_is_asked_itself(
     in_process.run_recipe(demo_recipe, ledger)
     (planned,) = plan(demo_recipe, ledger)
     planned.record.forget("b")
-    rate = earlier_rate(planned, ledger)
+    rate = earlier_rate(planned, EarlierRuns(ledger))
     assert rate is not None
     assert (rate.source, rate.num_out_fraction) == ("measured by 1 of its own units", 0.5)
 
@@ -99,4 +100,4 @@ def test_what_was_never_measured_is_not_predicted(
     """No rate rather than a wrong one."""
     use_stages(FakeStage(name="ingest"))
     (planned,) = plan(demo_recipe, ledger)
-    assert earlier_rate(planned, ledger) is None
+    assert earlier_rate(planned, EarlierRuns(ledger)) is None

@@ -7,7 +7,7 @@ import pytest
 from pipelines.fingerprint import unit_key
 from pipelines.ledger import Ledger
 from pipelines.planning import plan
-from pipelines.prediction.forecast import NUM_UNITS_SHOWN, Forecast, forecast
+from pipelines.prediction.forecast import NUM_UNITS_SHOWN, Forecast, forecast, samples_in
 from pipelines.recipe import Recipe
 from pipelines.stage import Manifest, Unit
 from tests.pipelines import in_process
@@ -101,19 +101,24 @@ def test_units_are_judged_by_key_when_an_input_was_redone(
 
 
 @pytest.mark.parametrize(
-    ("unit", "num_samples", "num_unsized"),
+    ("stage", "unit", "num_samples", "num_unsized"),
     [
-        (Unit(id="a", arguments={"num_samples": 7}), 7, 0),
-        (Unit(id="a", arguments={"start": 0, "stop": 1200}), 1000, 0),
-        (Unit(id="a", arguments={"start": 1000, "stop": 1200}), 200, 0),
-        (Unit(id="a", arguments={"place": "x.tar"}), 0, 1),
-        (Unit(id="null"), 0, 0),
+        ("embed/t5", Unit(id="a", arguments={"num_samples": 7}), 7, 0),
+        ("ingest", Unit(id="a", arguments={"start": 0, "stop": 1200}), 1000, 0),
+        ("ingest", Unit(id="a", arguments={"start": 1000, "stop": 1200}), 200, 0),
+        ("ingest", Unit(id="a", arguments={"place": "x.tar"}), 0, 1),
+        ("embed/t5", Unit(id="null"), 0, 0),
+        ("mine", Unit(id="a", arguments={"stop": 3}), 0, 1),
+        ("mine", Unit(id="a", arguments={"num_samples": "many"}), 0, 1),
     ],
 )
 def test_samples_are_counted_as_far_as_a_unit_tells(
-    unit: Unit, num_samples: int, num_unsized: int
+    stage: str, unit: Unit, num_samples: int, num_unsized: int
 ) -> None:
-    """A shard to encode knows them, a slice of a list the most it can be, a tar elsewhere none."""
+    """A shard to encode knows them, a slice of a list the most it can be, a tar elsewhere none.
+
+    A user's own stage may give its units any arguments.
+    """
     found = Forecast()
-    found.add(unit, "", 1000)
+    found.add(unit, "", samples_in(stage, unit, 1000))
     assert (found.num_samples_to_do, found.num_unsized) == (num_samples, num_unsized)

@@ -13,11 +13,12 @@ from ediffi.ensemble_file import load_base, load_ensemble, read_ensemble_info
 from ediffi.network import NetworkConfig, build_network
 from ediffi.noise import WHOLE, NoiseInterval
 from ediffi.preconditioning import Preconditioning
-from ediffi.snapshot import Snapshot, load_snapshot, save_snapshot
+from ediffi.snapshot import Snapshot, SnapshotError, load_snapshot, save_snapshot
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
-from pipelines.stage import Manifest, Outcome, Unit, Workspace
+from pipelines.stage import Manifest, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.assemble import Assemble
+from pipelines.stages.untrained_experts import missing_experts
 from tests.pipelines.fake_stages import manifest, receipt
 
 STREAMS = (StreamConfig(name="t5", token_width=4),)
@@ -44,10 +45,17 @@ def recipe_of(*overrides: str) -> Recipe:
 
 
 def trained(
-    directory: Path, stage: str, network: NetworkConfig, recipe: Recipe, **units: NoiseInterval
+    directory: Path,
+    stage: str,
+    network: NetworkConfig,
+    recipe: Recipe,
+    *untrained: str,
+    **units: NoiseInterval,
 ) -> Manifest:
-    """A finished stage whose units are snapshots of random weights."""
+    """A finished stage whose units are snapshots of random weights, but for those untrained."""
     for index, (unit, interval) in enumerate(units.items()):
+        if unit in untrained:
+            continue
         torch.manual_seed(hash(network) % 1000 + index)
         snapshot = Snapshot(
             network=network,
@@ -57,17 +65,27 @@ def trained(
             images_seen=32,
         )
         save_snapshot(directory / stage / unit, snapshot, build_network(network).state_dict())
-    return manifest(directory / stage, *(receipt(unit) for unit in units), stage=stage)
+    receipts = [stand_in(unit) if unit in untrained else receipt(unit) for unit in units]
+    return manifest(directory / stage, *receipts, stage=stage)
 
 
-def assemble(recipe: Recipe, directory: Path) -> Outcome:
-    """Run the stage on random snapshots of everything that the recipe trains."""
+def stand_in(unit: str) -> Receipt:
+    """The receipt of an expert that could not be trained."""
+    return receipt(unit, rejects={"stand_in": [unit]}, facts={"stand_in": "base"})
+
+
+def assemble(recipe: Recipe, directory: Path, *untrained: str) -> Outcome:
+    """Run the stage on random snapshots of everything that the recipe trains.
+
+    Args:
+        untrained: experts, of the base or of a model, that something stands in for.
+    """
     distribution = recipe.noise.distribution
     base = recipe.network.config(recipe.base_px, STREAMS)
     intervals = recipe.experts.intervals(distribution)
     inputs = {
         "base": trained(directory, "base", base, recipe, base=WHOLE),
-        "experts": trained(directory, "experts", base, recipe, **intervals),
+        "experts": trained(directory, "experts", base, recipe, *untrained, **intervals),
     }
     for name, model in recipe.super_resolution.items():
         network, stage = model.network_config(STREAMS), f"super_resolution/{name}"
@@ -75,7 +93,7 @@ def assemble(recipe: Recipe, directory: Path) -> Outcome:
         if model.experts is not None:
             stage = f"super_resolution_experts/{name}"
             halves = model.experts.intervals(distribution)
-            inputs[stage] = trained(directory, stage, network, recipe, **halves)
+            inputs[stage] = trained(directory, stage, network, recipe, *untrained, **halves)
     stage = Assemble(recipe=recipe, embeds=())
     assert set(stage.needs) == set(inputs)
     scratch = directory / "scratch"
@@ -141,3 +159,44 @@ def test_models_that_do_not_chain_are_refused(tmp_path: Path) -> None:
     broken = recipe.model_copy(update={"super_resolution": {"a32": whole}})
     with pytest.raises(ValueError, match=r"a32 enlarges 16 px to 32 px .* given pictures of 8 px"):
         assemble(broken, tmp_path)
+
+
+def test_an_expert_that_was_not_trained_is_never_taken_for_one(tmp_path: Path) -> None:
+    """Its file is absent, so that the base must be asked for; then it answers in that interval."""
+    outcome = assemble(recipe_of(), tmp_path, "middle")
+    directory = tmp_path / "scratch" / "ensemble"
+    assert list(outcome.files) == [
+        *(f"ensemble/{name}.safetensors" for name in ("base", "high", "low")),
+        "ensemble/ensemble.json",
+    ]
+    assert (outcome.num_in, outcome.facts) == (2, {"stand_ins": ["middle"]})
+    intervals = recipe_of().experts.intervals(recipe_of().noise.distribution)
+    info = read_ensemble_info(directory)
+    assert {one.name: one.interval for one in info.experts} == intervals
+    with pytest.raises(SnapshotError, match="middle"):
+        load_ensemble(directory)
+    with pytest.warns(UserWarning, match="no weights of middle; the base stands in"):
+        _, ensemble = load_ensemble(directory, missing="base")
+    assert ensemble.stand_ins == ("middle",)
+
+
+def test_models_that_enlarge_may_lack_experts_too(tmp_path: Path) -> None:
+    """Their own parent stands in; every file that is there is published, and no other."""
+    outcome = assemble(recipe_of(f"super_resolution={MODELS}"), tmp_path, "high")
+    assert outcome.facts == {"stand_ins": ["high", "b16/high"]}
+    assert outcome.num_in == 2 + 1 + 1
+    scratch = tmp_path / "scratch"
+    folder = scratch / "ensemble"
+    found = {str(path.relative_to(scratch)) for path in folder.rglob("*") if path.is_file()}
+    assert set(outcome.files) == found
+    with pytest.warns(UserWarning, match="no weights of high; the base stands in"):
+        load_ensemble(read_cascade(folder)[0], missing="base")
+
+
+def test_what_draws_from_an_ensemble_is_told_of_stand_ins(tmp_path: Path) -> None:
+    """`sample` and `evaluate` let the base stand in where assembling did, and only there."""
+    whole = manifest(tmp_path / "whole", receipt("ensemble"), stage="assemble")
+    facts = {"stand_ins": ["high"]}
+    lacking = manifest(tmp_path / "lacking", receipt("ensemble", facts=facts), stage="assemble")
+    assert missing_experts(whole) == "error"
+    assert missing_experts(lacking) == "base"
