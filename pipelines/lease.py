@@ -22,13 +22,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Self
 
 from pipelines.errors import RetryableError
 from pipelines.heartbeat import Heart
 from pipelines.location import (
     Location,
+    clear_asides,
     create_exclusively,
     names_in,
     read_text,
@@ -189,17 +189,16 @@ def take(directory: Location, owner: Owner) -> Lease:
 
 
 def let_go_of(directory: Location, run_id: str) -> None:
-    """Let a stage go that a killed driver held, and remove what its heartbeat was writing."""
+    """Let a stage go that a killed driver held, and remove what it was writing there."""
     if not (highest := _highest(directory)):
         return
     path = _path(directory, highest)
     document = _parse(_text(path))
     if document.get("run_id") != run_id or document.get("released"):
         return
+    clear_asides(directory)
+    clear_asides(path.parent)
     write_atomically(path, json.dumps({**document, "released": True}))
-    if isinstance(path, Path):
-        for aside in path.parent.glob(f".{path.name}.*"):
-            aside.unlink(missing_ok=True)
 
 
 def _holder(directory: Location, token: int, ttl_s: float) -> Held | None:

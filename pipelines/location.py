@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 else:
     Location = Path  # upath costs 0.2 s to import, which a look at a local store can do without
 
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")  # a file on its way to its name
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -90,6 +92,17 @@ def write_atomically(place: Location, text: str) -> None:
         os.replace(aside, place)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def clear_asides(folder: Location) -> None:
+    """Remove what writers of this folder were writing when they were killed.
+
+    For a folder in which nobody writes any more.
+    """
+    if isinstance(folder, Path) and folder.exists():
+        for path in folder.iterdir():
+            if _ASIDE.fullmatch(path.name) and not path.is_dir():
+                path.unlink(missing_ok=True)
 
 
 def create_exclusively(place: Location, text: str) -> bool:

@@ -276,14 +276,16 @@ def test_a_store_without_exclusive_create_has_no_leases() -> None:
 
 
 def test_what_a_killed_driver_held_is_let_go(tmp_path: Path) -> None:
-    """With what its heartbeat was writing; a lease of anybody else stays as it is."""
+    """With what it was writing there; a lease of anybody else stays as it is."""
     mine = taken(tmp_path)
-    aside = tmp_path / "lease" / f".00000001.json.{'0' * 32}"
-    aside.touch()
+    asides = [tmp_path / f".made.json.{'0' * 32}", tmp_path / f"lease/.00000001.json.{'1' * 32}"]
+    for aside in (*asides, tmp_path / ".kept"):
+        aside.touch()
     lease.let_go_of(tmp_path, "theirs")
     assert isinstance(lease.acquire(tmp_path, ELSEWHERE), Held)
-    assert aside.exists()
+    assert all(aside.exists() for aside in asides)
     lease.let_go_of(tmp_path, "mine")
-    assert not aside.exists()
+    assert not any(aside.exists() for aside in asides)
+    assert (tmp_path / ".kept").exists()
     assert taken(tmp_path, ELSEWHERE).token == mine.token + 1
     lease.let_go_of(tmp_path / "nobody was here", "mine")
