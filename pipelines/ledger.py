@@ -231,6 +231,15 @@ class Ledger:
         records = [_run(folder / name) for name in names_in(folder) if name.endswith(".json")]
         return sorted(records, key=lambda record: record["started"], reverse=True)
 
+    def record_of(self, run_id: str) -> Json:
+        """The record of one run, by its whole id, without a look at the others.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UserError: it is damaged.
+        """
+        return _run(self.store / "runs" / f"{run_id}.json")
+
     def run(self, run_id: str) -> Json:
         """The record of one run, named by its id or the beginning of it.
 

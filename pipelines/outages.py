@@ -66,7 +66,7 @@ def why_it_failed(error: BaseException, store: Location) -> str | None:
     if not _is_below(error.filename, store):
         return None
     if isinstance(error, PermissionError):
-        return "this user may not write there any more; see the rights of the folder"
+        return "this user may not read or write there any more; see the rights of the folder"
     if isinstance(error, FileNotFoundError) and not store.exists():
         return "it was there and is gone; mount it again, or see who removed it"
     return None

@@ -18,7 +18,7 @@ from pipelines.ray_cluster import actor_options, is_joined, nodes_of, wanted
 from pipelines.recipe_resources import Resources
 from pipelines.stage import Receipt
 
-MOST_AHEAD = 16  # workers asked for although there is no room
+MOST_AHEAD = 16  # workers of one shape asked for although there is no room
 MOST_FAILURES = 5  # workers of one shape that never came, before a unit fails by it
 
 
@@ -101,17 +101,36 @@ class WorkerPool:
 
     def hire(self, shape: Shape, resources: Resources) -> bool:
         """Ask for one more worker; False if that would lead nowhere now."""
-        if not self._has_room(shape):
-            for other in set(self._idle) - {shape}:  # they may sit on the room
+        has_room = self._has_room(shape)
+        if not has_room and (others := set(self._idle) - {shape}):  # they may sit on the room
+            for other in others:
                 self._retire_idle(other)
-        is_ahead = not self._has_room(shape)
-        num_ahead = sum(one.is_ahead for one in self._arriving.values())
-        if is_ahead and not (is_joined() and num_ahead < MOST_AHEAD):
+            has_room = self._has_room(shape)
+        if not has_room and not self._may_ask_ahead(shape):
             return False
         worker = _start(shape, resources)
-        self._arriving[worker.begin.remote()] = _Arriving(shape, worker, is_ahead)
-        self._num_actors[shape] += not is_ahead
+        self._arriving[worker.begin.remote()] = _Arriving(shape, worker, is_ahead=not has_room)
+        self._num_actors[shape] += has_room
         return True
+
+    def _may_ask_ahead(self, shape: Shape) -> bool:
+        """Whether the cluster may grow by it: a worker that takes nothing would come at once."""
+        takes_something = any(each for _, each in shape.resources)
+        num_ahead = sum(one.is_ahead and one.shape == shape for one in self._arriving.values())
+        return takes_something and is_joined() and num_ahead < MOST_AHEAD
+
+    def make_way(self, wanted: Mapping[Shape, int]) -> None:
+        """While workers are waited for, end those that nobody waits for: they may sit on the room.
+
+        Args:
+            wanted: workers of each shape that units wait for.
+        """
+        for begins, one in reversed(list(self._arriving.items())):
+            if self.num_arriving(one.shape) > wanted.get(one.shape, 0):
+                self._dismiss(begins)
+        if self._arriving:  # who is idle now has no unit: those were given out before
+            for shape in list(self._idle):
+                self._retire_idle(shape)
 
     def refusal(self, shape: Shape) -> Exception | None:
         """Why workers of a shape do not come, if several in a row have not; asked once."""
@@ -132,10 +151,8 @@ class WorkerPool:
 
     def retire(self) -> None:
         """End workers that have nothing to do, and do not wait for more: others get their CPUs."""
-        for begins, one in list(self._arriving.items()):
-            del self._arriving[begins]
-            self._num_actors[one.shape] -= not one.is_ahead
-            ray.kill(one.worker)
+        for begins in list(self._arriving):
+            self._dismiss(begins)
         for shape in list(self._idle):
             self._retire_idle(shape)
 
@@ -155,6 +172,11 @@ class WorkerPool:
                 self._num_actors[shape] += is_ahead
                 self._failures.pop(shape, None)
                 self._idle.setdefault(shape, []).append(worker)
+
+    def _dismiss(self, begins: ray.ObjectRef) -> None:
+        one = self._arriving.pop(begins)
+        self._num_actors[one.shape] -= not one.is_ahead
+        ray.kill(one.worker)
 
     def _retire_idle(self, shape: Shape) -> None:
         idle = self._idle.pop(shape, [])

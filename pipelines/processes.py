@@ -98,5 +98,12 @@ class Owner:
             return False
         return not is_running(self.pid, self.process_started)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a living process that we can see."""
+        is_ours = self.process_table in ("", process_table())
+        is_same = self.host == socket.gethostname() and is_ours
+        return is_same and is_running(self.pid, self.process_started)
+
     def __str__(self) -> str:
         return f"run {self.run_id or 'unknown'} on {self.host or 'an unknown host'}"

@@ -175,6 +175,7 @@ class StageWork:
         if units:
             lease.check(record.directory, state.token)
         for unit in units:
+            check_unit_id(state.name, unit.id)
             record.forget(unit.id)
             state.queue.append(self.task(state, unit if unit.key else replace(unit, key=key)))
             state.num_done -= 1

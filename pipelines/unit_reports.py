@@ -40,7 +40,7 @@ class UnitReports:
         self._next_show = time.monotonic() + SHOW_S
         latest: dict[str, dict[str, Mapping[str, float]]] = {}
         for owner, task in in_flight:
-            if rows := self.send(owner, task):
+            if owner.can_stop and (rows := self.send(owner, task)):  # others report when they end
                 latest.setdefault(owner.name, {})[task.unit.id] = rows[-1]
         for state in states:
             if state.state == "running":

@@ -96,8 +96,11 @@ def is_dead(ledger: Ledger, record: RunRecord) -> bool:
 
 def is_driven(ledger: Ledger, run_id: str) -> bool:
     """Whether a run is under way, as far as can be seen from here."""
-    records = [RunRecord.read(one) for one in ledger.runs() if one["run_id"] == run_id]
-    return any(one.state == "running" and not is_dead(ledger, one) for one in records)
+    try:
+        record = RunRecord.read(ledger.record_of(run_id))
+    except FileNotFoundError:
+        return False
+    return record.state == "running" and not is_dead(ledger, record)
 
 
 def run_recipe(

@@ -154,7 +154,7 @@ def find_garbage(ledger: Ledger, kept: Kept) -> Iterator[Garbage]:
     for name in orphaned_scratch(ledger, kept.running, known):
         for place in ledger.scratch_places(name):
             yield _folder(place, "work that was in flight when its run ended")
-    for run_id in sorted(pulse.run_ids(ledger.store) - kept.running):
+    for run_id in sorted(pulse.run_ids(ledger.store) - kept.running - kept.recent):
         yield _folder(pulse.folder(ledger.store, run_id), "the heartbeat of a run that is over")
     for run_id in sorted(set(names_in(ledger.store / LOGS_FOLDER)) - kept.recent):
         yield _folder(ledger.store / LOGS_FOLDER / run_id, "logs of a run of long ago")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -18,7 +17,9 @@ from pipelines.commands import schedulers
 from pipelines.errors import RetryableError, UserError
 from pipelines.jobs import Job, Jobs
 from pipelines.ledger import Ledger
+from pipelines.processes import Owner
 from pipelines.stage import Json
+from pipelines.stage_record import StageRecord
 
 POLL_S = 1.0
 
@@ -62,8 +63,8 @@ def _print_status(found: Found, ledger: Ledger, *, is_heard: bool) -> None:
     if found.runs:
         record = _seen(found.runs[0], ledger)
         print(f"{record['run_id']}  {record['state']}  started {record['started']}")
-        for line in _progress(record, ledger):
-            print(line)
+        for name, fingerprint in record.get("planned", {}).items():
+            print(f"{name:<18} {_progress(ledger.stage(name, fingerprint))}")
         if record.get("error"):
             print(record["error"])
 
@@ -75,15 +76,12 @@ def _seen(record: Json, ledger: Ledger) -> Json:
     return record | {"state": "killed"} if is_dead(ledger, RunRecord.read(record)) else record
 
 
-def _progress(record: Json, ledger: Ledger) -> list[str]:
-    from pipelines.caches.lookup import recipe_of_run
-    from pipelines.planning import plan as make_plan
-
-    lines = []
-    for one in make_plan(recipe_of_run(record), ledger):
-        state = "complete" if one.is_hit else "; ".join(one.reasons)
-        lines.append(f"{one.name:<18} {state}")
-    return lines
+def _progress(stage: StageRecord) -> str:
+    """How far a stage is, by the store alone: nothing is planned anew."""
+    if stage.is_complete:
+        return "complete"
+    num_done = len(stage.done_units())
+    return f"{num_done} units are done" if num_done else "not begun, or none of its units is done"
 
 
 def list_all(options: Namespace) -> None:
@@ -91,7 +89,7 @@ def list_all(options: Namespace) -> None:
     ledger = Ledger.checked(options.store)
     jobs = Jobs(ledger)
     found = _jobs_in(jobs)
-    over = [job for job in found if job.state in schedulers.ENDED]
+    over = [job for job in found if schedulers.is_over(job)]
     rows = [_row_of_job(job, job.state) for job in over]
     rows += [_row_of_run(record, ledger) for record in ledger.runs()]
     for row in sorted(rows, key=lambda row: str(row["began"]), reverse=True):
@@ -178,17 +176,19 @@ def _unit_logs(ledger: Ledger, found: Found, options: Namespace) -> None:
     shown: dict[str, int] = {}
     while True:
         # asked first: what was said before the end is then in what is read after it
-        is_over = _seen(ledger.run(run_id), ledger)["state"] != "running"
+        is_over = _seen(ledger.record_of(run_id), ledger)["state"] != "running"
         chosen = [one for one in paths(ledger, run_id) if _is_chosen(one.stage, one.unit, options)]
         for one in chosen:
-            text = one.place.read_text(errors="replace")
             start = shown.setdefault(str(one.place), 0)
-            if start == 0 and text:
+            with one.place.open("rb") as stream:
+                stream.seek(start)
+                new = stream.read()
+            if start == 0 and new:
                 rank = f", rank {one.rank}" if one.rank else ""
                 print(f"== {one.stage}/{one.unit}, attempt {one.attempt}{rank}")
-            sys.stdout.write(text[start:])
+            sys.stdout.write(new.decode(errors="replace"))
             sys.stdout.flush()
-            shown[str(one.place)] = len(text)
+            shown[str(one.place)] = start + len(new)
         if is_over or not options.follow:
             break
         time.sleep(POLL_S)
@@ -204,6 +204,8 @@ def _is_chosen(stage: str, unit: str, options: Namespace) -> bool:
 
 def cancel(options: Namespace) -> None:
     """Ask a job or run to save and end; the same submission or command goes on from there."""
+    from pipelines.workflow import RunRecord
+
     ledger = Ledger.checked(options.store)
     found, jobs = find(ledger, options.name), Jobs(ledger)
     if found.job is not None:
@@ -214,16 +216,25 @@ def cancel(options: Namespace) -> None:
         print(f"job {job.job_id} was asked to save and end", file=sys.stderr)
         return
     record = _seen(found.runs[0], ledger)
-    run_id, host, process = record["run_id"], record["host"], record["pid"]
+    run_id = record["run_id"]
     if record["state"] != "running":
         raise UserError(f"run {run_id} is over ({record['state']}): nothing to cancel")
-    if host != socket.gethostname():
-        raise UserError(
-            f"run {run_id} has its driver on {host} as process {process}, and no scheduler to ask: "
-            f"send it SIGTERM there"
-        )
-    os.kill(process, signal.SIGTERM)
+    _tell_driver(RunRecord.read(record).owner)
     print(f"run {run_id} was asked to save and end", file=sys.stderr)
+
+
+def _tell_driver(owner: Owner) -> None:
+    """SIGTERM to a run's driver, if that very process can be seen from here."""
+    if not owner.is_here:
+        raise UserError(
+            f"run {owner.run_id} has its driver on {owner.host} as process {owner.pid}, and no "
+            "scheduler to ask: send it SIGTERM there"
+        )
+    try:
+        os.kill(owner.pid, signal.SIGTERM)
+    except OSError as error:
+        problem = f"run {owner.run_id}: its driver, process {owner.pid}, cannot be told: {error}"
+        raise UserError(problem) from error
 
 
 def find(ledger: Ledger, name: str) -> Found:

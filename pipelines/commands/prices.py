@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pipelines.cost import DEVICES
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.profile import Profile
-
-DEVICES = ("gpu", "cpu")
 
 
 def price_options(verb: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -14,13 +14,19 @@ from pipelines.jobs import Job, Jobs
 if TYPE_CHECKING:
     from cluster.profile import Profile
 
-ENDED = ("finished", "failed", "cancelled")
 SENDING_S = 180.0  # longer than any scheduler is waited for
 
 
 def is_open(job: Job) -> bool:
     """Whether a job waits or runs, as last heard."""
     return job.state in ("waiting", "running")
+
+
+def is_over(job: Job) -> bool:
+    """Whether a job has ended, as last heard."""
+    from cluster.job_state import ENDED
+
+    return job.state in ENDED
 
 
 def place_of(job: Job) -> str:
@@ -37,7 +43,7 @@ def heard(jobs: Jobs, job: Job) -> Job:
     """
     from cluster import launch
 
-    if job.state in ENDED:
+    if is_over(job):
         return job
     if not (sought := _sought(job)).native_id:
         return sought
@@ -45,7 +51,8 @@ def heard(jobs: Jobs, job: Job) -> Job:
         found = launch.state(profile_of(job), sought.native_id)
     told = replace(sought, state=found.name, reason=found.reason)
     if told != job:
-        jobs.write(told)
+        with suppress(OSError):  # a store mounted for reading: it is asked again next time
+            jobs.write(told)
     return told
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -87,11 +88,25 @@ def _send(jobs: Jobs, job: Job, spec: JobSpec, recipe: str, lock: str, options: 
     except AlreadyThereError as error:
         raise UserError(f"{error}; it is of another store, or was submitted by hand") from error
     except BaseException:
-        jobs.forget(job.job_id)
+        _forget_unless_taken(jobs, job, spec)
         raise
     job = replace(job, native_id=native_id)
     jobs.write(job)
     _tell(job, options, f"was submitted to {job.profile_name}")
+
+
+def _forget_unless_taken(jobs: Jobs, job: Job, spec: JobSpec) -> None:
+    """Keep a job that was sent although its answer did not come; it reads its recipe from here."""
+    from cluster import launch
+    from cluster.job_state import SchedulerError
+
+    native_id = ""
+    with suppress(SchedulerError):
+        native_id = launch.find(spec.profile, job.job_id, job.host)
+    if native_id:
+        jobs.write(replace(job, native_id=native_id))
+    else:
+        jobs.forget(job.job_id)
 
 
 def _tell(job: Job, options: Namespace, what: str) -> None:

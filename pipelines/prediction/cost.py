@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipelines.cost import SECONDS_PER_HOUR
 from pipelines.planning import PlannedStage
 from pipelines.prediction.earlier_runs import EarlierRuns
 from pipelines.recipe import Resources
 from pipelines.stage import Json, Totals
 from pipelines.stage_record import StageRecord
 
-SECONDS_PER_HOUR = 3600
 NUM_UNITS_LOOKED_AT = 100  # of an unfinished stage
 # What an encoder costs, and how many bytes a sample takes, hangs on these.
 _COSTLY_FIELDS = ("family", "model", "weights", "max_tokens", "compute_dtype", "storage_dtype")

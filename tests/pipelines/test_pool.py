@@ -71,6 +71,36 @@ def test_on_others_cluster_some_are_asked_for_ahead(
     assert pool.arriving == []
 
 
+def test_who_is_not_waited_for_makes_way(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While another shape waits, workers that were asked for too often go, and idle ones."""
+    monkeypatch.setattr(pool_module, "is_joined", lambda: True)
+    assert pool.hire(shape(SMALL), SMALL)
+    ray.wait(pool.arriving, timeout=60)
+    first = task(tmp_path / "store")
+    started = pool.dispatch(first, SMALL)
+    assert started is not None
+    pool.release(started.reference, lost=False)
+    for _ in range(2):
+        assert pool.hire(shape(HUGE), HUGE)
+    pool.make_way({shape(HUGE): 1})
+    assert pool.num_arriving(shape(HUGE)) == 1
+    assert pool.dispatch(first, SMALL) is None
+
+
+def test_workers_that_take_nothing_are_not_asked_for_ahead(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would come at once, one for each unit."""
+    monkeypatch.setattr(pool_module, "is_joined", lambda: True)
+    nothing = Resources(cpus=0)
+    asked = [
+        pool.hire(shape(nothing), nothing) for _ in range(int(ray.cluster_resources()["CPU"]) + 1)
+    ]
+    assert asked == [True] * (len(asked) - 1) + [False]
+
+
 def test_a_group_that_nobody_is_of_has_no_room(pool: WorkerPool) -> None:
     """Nodes of other groups do not count."""
     elsewhere = Resources(cpus=0.5, node_group="elsewhere")

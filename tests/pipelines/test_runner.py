@@ -228,11 +228,20 @@ def test_a_run_that_finds_everything_does_nothing(story: dict[str, Told]) -> Non
     assert not told.tracker.stage_started.called
 
 
-def test_idle_workers_make_room_for_another_shape(demo_recipe: Recipe, ledger: Ledger) -> None:
+@pytest.mark.parametrize("is_joined", [False, True])
+@pytest.mark.parametrize("needs", [(), ("small",)], ids=["beside", "after"])
+def test_idle_workers_make_room_for_another_shape(
+    demo_recipe: Recipe,
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    needs: tuple[str, ...],
+    is_joined: bool,
+) -> None:
     """A stage whose units want the whole machine does not wait for ever for idle small workers."""
+    monkeypatch.setattr("pipelines.pool.is_joined", lambda: is_joined)
     every = ray.cluster_resources()["CPU"]
-    stages = FakeStage(name="small"), FakeStage(name="large", needs=("small",))
-    resources = {"small": TWICE, "large": Resources(cpus=every)}
+    stages = FakeStage(name="small", units=("a", "b", "c")), FakeStage(name="large", needs=needs)
+    resources = {"small": TWICE, "large": Resources(cpus=every, start_deadline_s=60)}
     assert drive(demo_recipe, ledger, resources, *stages).ends == {"small": "ran", "large": "ran"}
 
 

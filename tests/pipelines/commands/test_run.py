@@ -2,6 +2,7 @@
 
 import errno
 import json
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from pipelines.errors import RetryableError, StageFailed
 from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, describe, plan
-from pipelines.processes import process_table
+from pipelines.processes import process_start, process_table
 from pipelines.recipe import Recipe
 from pipelines.stage import Outcome, Unit
 from pipelines.workflow import run_recipe
@@ -148,18 +149,30 @@ def test_status_tells_the_newest_run(
     """What is complete and what is missing, from the store alone."""
     resolved = demo_recipe.model_dump(mode="json")
     write_run(ledger, "demo-1", started="2026-01-01", resolved=resolved)
-    failed = {"state": "failed", "error": "stage ingest: it broke", "resolved": resolved}
+    addresses = {name: one.fingerprint for name, one in planned.items()} | {"mine": "0" * 16}
+    failed = {"state": "failed", "error": "stage ingest: it broke", "planned": addresses}
     write_run(ledger, "demo-2", started="2026-01-02", **failed)
     code, out, _ = ediffi("status")
     lines = out.splitlines()
     assert (code, lines[0]) == (0, "demo-2  failed  started 2026-01-02")
-    assert [line.split() for line in lines[1:4]] == [
-        ["ingest", "complete"],
-        ["embed/t5", "complete"],
-        ["report", "complete"],
-    ]
+    assert {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:-1]} == {
+        **dict.fromkeys(planned, "complete"),
+        "mine": "not begun, or none of its units is done",
+    }
     assert lines[-1] == "stage ingest: it broke"
     assert json.loads(ediffi("status", "demo-1", "--json")[1])["run_id"] == "demo-1"
+
+
+def test_cancel_tells_nobody_else(ediffi: Callable[..., tuple], ledger: Ledger) -> None:
+    """A process of the driver's number that is not the driver, here or in another table, stays."""
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        table = {"process_table": "another boot", "process_started": process_start(stranger.pid)}
+        write_run(ledger, "demo-1", state="running", pid=stranger.pid, **table)
+        code, _, err = ediffi("cancel", "demo-1")
+        assert code == 2
+        assert f"as process {stranger.pid}, and no scheduler to ask: send it SIGTERM there" in err
+        assert stranger.poll() is None
+        stranger.kill()
 
 
 def test_status_sees_that_the_driver_is_gone(ediffi: Callable[..., tuple], ledger: Ledger) -> None:
