@@ -120,7 +120,7 @@ def _execute(
             )
         )
         scratch = stack.enter_context(_scratch(ledger, task.run_id))
-        keep_folders_in(scratch.parent)  # the run's own, cleared when it is over
+        keep_folders_in(ledger.local_scratch_of(task.run_id))
         if rank == 0:
             stack.enter_context(_warnings_to(durable.notice))
 

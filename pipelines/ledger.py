@@ -161,13 +161,17 @@ class Ledger:
         """The folder of all that a run has in flight, beside others' in the store."""
         return self.store / SCRATCH_FOLDER / run_id
 
+    def local_scratch_of(self, run_id: str) -> Path:
+        """What a run has in flight on this machine; cleared when it is over."""
+        return self._local_scratch() / run_id
+
     def new_scratch(self, run_id: str = "") -> Path:
         """An empty local directory, on the store's own file system if that is local.
 
         Args:
             run_id: whose work it is; "" for nobody's, which is cleared once no run is under way.
         """
-        path = self._local_scratch() / run_id / uuid.uuid4().hex
+        path = self.local_scratch_of(run_id) / uuid.uuid4().hex
         path.mkdir(parents=True)
         return path
 
@@ -204,7 +208,7 @@ class Ledger:
     def scratch_places(self, run_id: str) -> list[Location]:
         """Where a run has something in flight, as far as this machine can see."""
         assert run_id
-        places = dict.fromkeys([self.scratch_of(run_id), self._local_scratch() / run_id])
+        places = dict.fromkeys([self.scratch_of(run_id), self.local_scratch_of(run_id)])
         return [place for place in places if place.exists()]
 
     def scratch_names(self) -> set[str]:

@@ -211,11 +211,13 @@ class Manifest:
         if isinstance(self.directory, Path):
             return self.directory / name
         address = f"{self.directory}/{name}?{self.contents}"
-        if address not in _FOLDERS:
+        if address not in _FOLDERS or not _FOLDERS[address].exists():
             _FOLDERS[address] = self._fetch_folder(name)
         return _FOLDERS[address]
 
     def _fetch_folder(self, name: str) -> Path:
+        if _place_of_folders is not None:
+            _place_of_folders.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="ediffi-folder-", dir=_place_of_folders))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         for receipt in self.receipts:

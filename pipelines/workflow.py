@@ -23,7 +23,7 @@ from pipelines.outages import as_retryable
 from pipelines.planning import PlannedStage, plan
 from pipelines.processes import Owner, process_start, process_table
 from pipelines.recipe import CacheRecipe
-from pipelines.stage import Json
+from pipelines.stage import Json, keep_folders_in
 from pipelines.stage_record import now
 from pipelines.stage_rows import hit_row, stage_rows
 from pipelines.stopping import Interruption, StopMark
@@ -133,6 +133,7 @@ def run_recipe(
         resolved=recipe.model_dump(mode="json"),
         process_table=process_table(),
     )
+    keep_folders_in(ledger.local_scratch_of(record.run_id))
     start = time.monotonic()
     try:
         with as_retryable(ledger.store, "planning"):

@@ -45,7 +45,7 @@ class Witness:
     @property
     def num_commits(self) -> int:
         """Receipts and manifests so far."""
-        return len(self._receipts) + sum(self._stages.values())
+        return len(self._receipts) + sum(list(self._stages.values()))
 
     @property
     def num_receipts(self) -> int:
@@ -55,9 +55,8 @@ class Witness:
     @property
     def under_way(self) -> list[str]:
         """Names of stages that have been begun and not finished."""
-        return sorted(
-            folder.rpartition("/")[0] for folder, is_done in self._stages.items() if not is_done
-        )
+        stages = list(self._stages.items())  # the other thread goes on adding
+        return sorted(folder.rpartition("/")[0] for folder, is_done in stages if not is_done)
 
     def look(self) -> None:
         """Take in what lies there now."""
