@@ -153,7 +153,8 @@ class Flights:
             num_covered[shape] += number - 1
             if (error := self._pool.refusal(shape)) is not None:
                 self._refused.append(Landing(state, state.queue.popleft(), None, error))
-        self._pool.make_way(num_covered)
+        if num_covered:  # else nobody waits
+            self._pool.make_way(num_covered)
 
     def _add(self, flight: Flight) -> None:
         self._by_reference[flight.reference] = flight
