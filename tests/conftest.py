@@ -1,6 +1,7 @@
 """Set the environment before torch is first imported; skip what this machine cannot run."""
 
 import os
+import signal
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,10 @@ def _free_port() -> int:
 
 
 S3_PORT = _free_port()
+
+# A shell lets what it starts in the background ignore Ctrl-C, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread per process: the tests' tensors are too small to share out, and two threads on two busy
 # cores stall. No test may reach a hub, a tracker or a telemetry server.

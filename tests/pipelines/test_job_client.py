@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.experimental.internal_kv import _initialize_internal_kv
 
 from pipelines import job_client as module
 from pipelines import job_variables
@@ -110,4 +111,6 @@ def test_variables_are_taken_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_head_without_a_dashboard_takes_no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a Slurm job of ours; Ray would look for it for most of a minute."""
     monkeypatch.delenv(module.ADDRESS_VARIABLE, raising=False)
+    # Any other cluster that was shut down in this process has taken Ray's way to its tables along.
+    _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
     assert client_of_this_cluster() is None
