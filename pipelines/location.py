@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 else:
     Location = Path  # upath costs 0.2 s to import, which a look at a local store can do without
 
-_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")  # a file on its way to its name
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -83,7 +82,7 @@ def write_atomically(place: Location, text: str) -> None:
         place.fs.pipe_file(place.path, text.encode())  # one request: object stores are atomic
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    aside = _aside_of(place)
     try:
         with aside.open("w") as stream:
             stream.write(text)
@@ -94,6 +93,16 @@ def write_atomically(place: Location, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def _aside_of(place: Path) -> Path:
+    """A hidden name beside a file, under which it is written before it gets its own."""
+    return place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+
+
+def is_aside(name: str) -> bool:
+    """Whether a file name is that of a file on its way to its name."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{32}", name) is not None
+
+
 def clear_asides(folder: Location) -> None:
     """Remove what writers of this folder were writing when they were killed.
 
@@ -101,7 +110,7 @@ def clear_asides(folder: Location) -> None:
     """
     if isinstance(folder, Path) and folder.exists():
         for path in folder.iterdir():
-            if _ASIDE.fullmatch(path.name) and not path.is_dir():
+            if is_aside(path.name) and not path.is_dir():
                 path.unlink(missing_ok=True)
 
 
@@ -134,7 +143,7 @@ def create_exclusively(place: Location, text: str) -> bool:
 def _link_exclusively(place: Path, text: str) -> bool:
     """Give a finished file its name, so that no reader sees half of it."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    aside = _aside_of(place)
     try:
         with aside.open("x") as stream:
             stream.write(text)
@@ -262,7 +271,7 @@ def duplicate(source: Location, target: Location) -> None:
         return
     assert isinstance(source, Path), "both places lie in one store"
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    aside = _aside_of(target)
     try:
         os.link(source, aside)
     except OSError:  # some file systems have no links

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
 from pipelines.ledger import Ledger
-from pipelines.location import Location
+from pipelines.location import Location, is_aside
 from pipelines.stage_record import StageRecord
 from pipelines.unit_log import paths
-
-# A file on its way to its name: `.manifest.json.0f…`.
-_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 def digests(ledger: Ledger) -> dict[str, str]:
@@ -111,7 +107,7 @@ def _litter(ledger: Ledger, place: Path) -> Iterator[str]:
         scratch = ledger.store / ".scratch"
         yield from (str(one) for one in sorted(scratch.rglob("*")) if not one.is_dir())
         for one in sorted(ledger.store.rglob(".*")):
-            if _ASIDE.fullmatch(one.name):
+            if is_aside(one.name):
                 yield str(one)
         yield from (str(one) for one in (ledger.store / "runs").glob("*.stop"))
 

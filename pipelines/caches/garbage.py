@@ -20,7 +20,7 @@ from pipelines.durable import CHECKPOINTS_FOLDER
 from pipelines.errors import UserError
 from pipelines.lease import LEASE_FOLDER
 from pipelines.ledger import GROUP_FOLDERS, Ledger
-from pipelines.location import Location, names_in, remove_tree
+from pipelines.location import Location, is_aside, names_in, remove_tree
 from pipelines.planning import plan
 from pipelines.processes import Owner
 from pipelines.recipe import CacheRecipe
@@ -30,9 +30,7 @@ from pipelines.workflow import RunRecord, is_dead, orphaned_scratch
 
 LOGS_FOLDER = "logs"  # of the store, see `pipelines.unit_log`
 _UNITS_OF_TIME = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_TEMPORARY = re.compile(  # being written when its writer died
-    r"(.*/)?\.[^/]+\.[0-9a-f]{32}|.+\.partial|tmp[a-z0-9_]{8}/.+"
-)
+_TEMPORARY = re.compile(r".+\.partial|tmp[a-z0-9_]{8}/.+")  # of libraries, as they write
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _LOOK_S = 3.0  # between two looks for runs that have begun: each reads the records of all
 _CHECKPOINTS = re.compile(rf"{DURABLE_FOLDER}/.*?/{CHECKPOINTS_FOLDER}(?=/)")
@@ -186,7 +184,9 @@ def _left_over(found: Found) -> Iterator[Garbage]:
         place, why = directory / name, ""
         if name.startswith(f"{LEASE_FOLDER}/"):  # its last file stays: tokens only grow
             why = "of a driver that works here no more" if place != newest else ""
-        elif _TEMPORARY.fullmatch(name) and not name.startswith(f"{DURABLE_FOLDER}/"):
+        elif name.startswith(f"{DURABLE_FOLDER}/"):
+            continue
+        elif is_aside(place.name) or _TEMPORARY.fullmatch(name):
             why = "being written when its writer died"
         if why:
             yield Garbage(place=place, num_bytes=num_bytes, why=why)

@@ -59,3 +59,5 @@ def test_one_that_is_there_is_not_touched(tmp_path: Path) -> None:
         raise AssertionError(uri)
 
     make_database(tmp_path, "run-1", refuse)
+    assert (tmp_path / "mlflow.db").read_text() == "whatever it is"
+    assert not (tmp_path / ".scratch").exists()
