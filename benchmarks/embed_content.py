@@ -158,7 +158,7 @@ def _receipt(tar: Path, num_samples: int, digests: dict[str, str]) -> Any:
 
 
 def _complete(folder: Path, receipts: list[Any]) -> None:
-    from pipelines.stage_record import StageRecord
+    from pipelines.store.stage_record import StageRecord
 
     (folder / "receipts").mkdir(exist_ok=True)
     for receipt in receipts:

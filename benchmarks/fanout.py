@@ -33,7 +33,7 @@ import yaml
 
 from benchmarks.interleave import our_versions, row, write_rows
 from benchmarks.orchestration import TOY_RECIPE
-from benchmarks.peers.orchestrators import FILES, OURS, OUTPUT, done
+from benchmarks.peers.orchestrators import FILES, LOG, OURS, OUTPUT, done
 from benchmarks.report import Row
 
 COMMAND = "python -m benchmarks.fanout"
@@ -46,9 +46,13 @@ NUM_PICTURES = 256
 
 
 @contextmanager
-def simulated_nodes(num_nodes: int) -> Iterator[Mapping[str, str]]:
-    """A Ray cluster of nodes of one CPU each; yields the variables by which a driver joins it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def simulated_nodes(num_nodes: int, log: Path) -> Iterator[Mapping[str, str]]:
+    """A Ray cluster of nodes of one CPU each; yields the variables by which a driver joins it.
+
+    Args:
+        log: where units write that they were done; workers have the variables of their nodes.
+    """
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "TOY_LOG": str(log)}
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -88,8 +92,8 @@ def measure_nodes(num_runs: int, unit_s: float) -> tuple[list[float], list[float
     with TemporaryDirectory(prefix="ediffi-fanout-") as scratch:
         for run_index in range(num_runs):
             for num_experts, found in ((NUM_EXPERTS, three), (1, one)):
-                with simulated_nodes(num_experts) as nodes:
-                    folder = Path(scratch) / f"{run_index}-{num_experts}"
+                folder = Path(scratch) / f"{run_index}-{num_experts}"
+                with simulated_nodes(num_experts, folder / LOG) as nodes:
                     found.append(run_sleepers(folder, num_experts, unit_s, nodes))
                 told = f"run {run_index + 1}/{num_runs}: {num_experts} sleeping: {found[-1]:.1f} s"
                 print(told, file=sys.stderr)

@@ -1,6 +1,6 @@
 """What an orchestrator costs when the work is nothing: whole processes, beside the peers.
 
-`python -m benchmarks.orchestration [--quick] [--json FILE] [--sides NAME...] [--measures NAME...]`
+`python -m benchmarks.orchestration [--runs N] [--json FILE] [--sides NAME...] [--measures NAME...]`
 
 The toy has ten steps that do nothing: a source, five beside one another, a join, and a chain of
 three. It is run in an empty folder (`cold`), run again (`finished`), and run once more after a
@@ -296,14 +296,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one run instead of five")
+    parser.add_argument("--runs", type=int, default=5, help="of everything, in turn")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     labels = [toy.label for toy in TOYS if toy.label != "ediffi"]
     parser.add_argument("--sides", nargs="*", choices=labels, default=labels, help="beside ours")
     parser.add_argument("--measures", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     options = parser.parse_args(arguments)
     toys = [toy for toy in TOYS if toy.label in ("ediffi", *options.sides)]
-    found = measure(toys, options.measures, 1 if options.quick else 5)
+    measures = [name for name in MEASURES if name in options.measures]  # in their order
+    found = measure(toys, measures, options.runs)
     peers = {toy.side.package: toy.side.version() for toy in toys}
     write_rows(rows(found, {**peers, **our_versions("ray", "mlflow")}), options.json)
     return 0

@@ -35,8 +35,8 @@ from benchmarks.simulated_store import (
     num_changed,
     write_stage,
 )
-from pipelines.fingerprint import file_sha256
 from pipelines.stage import File, Json
+from pipelines.store.fingerprint import file_sha256
 
 COMMAND = "python -m benchmarks.plan_scale"
 LIMIT_S, LIMIT_MB = 10.0, 1000.0

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, describe, plan
 from pipelines.recipe import CacheRecipe
 from pipelines.recipe_file import load_any_recipe
 from pipelines.stage import File, Manifest, Receipt, Unit
-from pipelines.stage_record import StageRecord
+from pipelines.store.ledger import Ledger
+from pipelines.store.stage_record import StageRecord
 
 SHARD_SAMPLES = 1000  # that simulated receipts promise
 SMALL_SHARD_SAMPLES = 2  # that are really encoded, again and again

@@ -215,11 +215,9 @@ def markdown(table: Table) -> str:
             for name, row in table.items()
         ),
     ]
-    for verdict in ("wrong hit", "needless miss"):
+    for verdict, plural in (("wrong hit", "wrong hits"), ("needless miss", "needless misses")):
         counts = [sum(row[one] == verdict for row in table.values()) for one in labels]
-        lines.append(
-            f"| **{verdict}es** | ".replace("hites", "hits") + " | ".join(map(str, counts)) + " |"
-        )
+        lines.append(f"| **{plural}** | " + " | ".join(map(str, counts)) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
+import gc
 import os
 import re
 import sys
@@ -17,13 +19,14 @@ from pipelines.commands.doctor import doctor_options
 from pipelines.commands.options import STORE, late
 from pipelines.commands.store_outages import from_store
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.job_start import prepared
+from pipelines.jobs.job_start import prepared
 
 _LISTS = ("stages", "shards")  # positional arguments of which there may be any number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _spare_collections()
     options = parse(arguments)
     try:
         return int(options.command(options) or 0)
@@ -38,6 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ediffi cache ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _spare_collections() -> None:
+    """Nearly all that imports make stays until the end: looking for what does not takes a second.
+
+    At the end the system frees it all at once.
+    """
+    gc.set_threshold(50_000, 20, 50)
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

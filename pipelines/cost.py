@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from pipelines.caches.lookup import recipe_of_run
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.stage import Json, Manifest
-from pipelines.stage_record import StageRecord
+from pipelines.store.ledger import Ledger
+from pipelines.store.stage_record import StageRecord
 
 DEVICES = ("gpu", "cpu")
 SECONDS_PER_HOUR = 3600

@@ -4,7 +4,7 @@ Exception
 ├── UserError        2  the recipe, a path or a request is wrong: fix it and run again
 │   └── Damaged         a file of the store is not what was written there
 ├── RetryableError   3  the surroundings failed: the same command may succeed
-│   ├── Fenced          (in `lease`) another driver has taken the work over
+│   ├── Fenced          (in `store.lease`) another driver has taken the work over
 │   └── Unreachable     (in `stage_job`) the cluster does not tell of its jobs
 └── StageFailed      1  units of a stage failed for good; what was finished stays finished
 """

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from pipelines.driver.stand_ins import shortfall
 from pipelines.errors import UserError
-from pipelines.fingerprint import changes, fingerprint
-from pipelines.ledger import Ledger
 from pipelines.recipe import CacheRecipe
 from pipelines.stage import Json, Manifest, Stage
-from pipelines.stage_record import StageRecord
-from pipelines.stages import build_stages
-from pipelines.stand_ins import shortfall
+from pipelines.stage_graph import build_stages
+from pipelines.store.fingerprint import changes, fingerprint
+from pipelines.store.ledger import Ledger
+from pipelines.store.stage_record import StageRecord
 
 MAX_EARLIER = 3  # fingerprints of a stage that are searched for units to take over
 

@@ -9,8 +9,8 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from pipelines.recipe_custom import CustomStage, check_names
-from pipelines.recipe_data import (
+from pipelines.recipe_sections.custom import CustomStage, check_names
+from pipelines.recipe_sections.data import (
     Data,
     Fraction,
     HeldOut,
@@ -22,12 +22,12 @@ from pipelines.recipe_data import (
     Section,
     UrlList,
 )
-from pipelines.recipe_evaluation import ClipFeatures, Evaluation
-from pipelines.recipe_model import Network, Noise
-from pipelines.recipe_resources import Resources
-from pipelines.recipe_sampling import Sampling
-from pipelines.recipe_super_resolution import SuperResolution, check_cascade
-from pipelines.recipe_training import Experts, Interval, TrainConfig
+from pipelines.recipe_sections.evaluation import ClipFeatures, Evaluation
+from pipelines.recipe_sections.model import Network, Noise
+from pipelines.recipe_sections.resources import Resources
+from pipelines.recipe_sections.sampling import Sampling
+from pipelines.recipe_sections.super_resolution import SuperResolution, check_cascade
+from pipelines.recipe_sections.training import Experts, Interval, TrainConfig
 
 __all__ = [
     "HeldOut",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.errors import Damaged
-from pipelines.location import Location, location, read_text
+from pipelines.store.location import Location, location, read_text
 
 Json = Any  # what json.loads gives back
 
@@ -42,7 +42,7 @@ def keep_folders_in(place: Path) -> None:
 class Unit:
     """The smallest thing worth redoing: one shard, one expert, one batch of prompts.
 
-    `key` names everything that decides the unit's bytes, see `pipelines.fingerprint.unit_key`. A
+    `key` names everything that decides the unit's bytes, see `store.fingerprint.unit_key`. A
     receipt with the same key is taken over from an earlier fingerprint of the stage, and one with
     another key is done again. Without a key, a unit belongs to its fingerprint alone and is done
     again whenever the contents of the stage's inputs change.

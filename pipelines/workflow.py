@@ -2,105 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from pipelines import lease, pulse, unit_log_file, webhook
-from pipelines.errors import Damaged, RetryableError, StageFailed, UserError
-from pipelines.jobs import JOB_VARIABLE
-from pipelines.ledger import Ledger
+from pipelines import webhook
+from pipelines.driver.stage_rows import hit_row, stage_rows
+from pipelines.errors import RetryableError, StageFailed, UserError
 from pipelines.masking import mask
-from pipelines.outages import as_retryable
 from pipelines.planning import PlannedStage, plan
-from pipelines.processes import Owner, process_start, process_table
 from pipelines.recipe import CacheRecipe
-from pipelines.stage import Json, keep_folders_in
-from pipelines.stage_record import now
-from pipelines.stage_rows import hit_row, stage_rows
-from pipelines.stopping import Interruption, StopMark
+from pipelines.run_record import RunRecord, close_orphans, is_driven
+from pipelines.stage import keep_folders_in
+from pipelines.store import pulse
+from pipelines.store.ledger import Ledger
+from pipelines.store.outages import as_retryable
+from pipelines.store.processes import process_table
+from pipelines.store.stage_record import now
+from pipelines.store.stopping import Interruption
+from pipelines.tracking.place import without_password
+from pipelines.tracking.run_end import close_killed, close_run, tracking_uri_of
+from pipelines.worker import unit_log_file
+
+if TYPE_CHECKING:
+    from pipelines.driver.progress import Progress
+    from pipelines.driver.runner import Runner
+    from pipelines.store.lease import Lease
+    from pipelines.tracking.tracker import Tracker
 
 Busy = Literal["wait", "leave"]  # for a stage that another run works on
-
-
-@dataclass
-class RunRecord:
-    """What a run did; kept in the store as `runs/<run_id>.json`."""
-
-    recipe: str
-    resolved: Json
-    run_id: str = ""
-    state: str = "running"  # running | finished | failed | stopped | killed
-    started: str = field(default_factory=now)
-    ended: str = ""
-    seconds: float = 0.0
-    host: str = field(default_factory=socket.gethostname)
-    pid: int = field(default_factory=os.getpid)
-    process_started: float = field(default_factory=process_start)
-    process_table: str = ""  # which one `pid` is of; "": an earlier version noted none
-    planned: dict[str, str] = field(default_factory=dict)  # stage -> fingerprint, from the start
-    stages: list[Json] = field(default_factory=list)
-    tracking_uri: str = ""
-    mlflow_run_id: str = ""
-    mlflow_missed: int = 0  # calls; what it left open there is closed by the next run
-    error: str = ""
-    job: str = field(default_factory=lambda: os.environ.get(JOB_VARIABLE, ""))  # that it is of
-
-    def __post_init__(self) -> None:
-        if not self.run_id:
-            stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-            self.run_id = f"{self.recipe}-{stamp}-{secrets.token_hex(2)}"
-
-    @classmethod
-    def read(cls, document: Json) -> RunRecord:
-        """A record from the store.
-
-        Raises:
-            Damaged: this version does not know its fields.
-        """
-        try:
-            return cls(**document)
-        except TypeError as error:
-            raise Damaged(
-                f"runs/{document['run_id']}.json: another version of ediffi wrote this record "
-                f"({error}); use that version, or move the file out of the store: no stage "
-                "depends on it"
-            ) from error
-
-    @property
-    def owner(self) -> Owner:
-        """The run's driver."""
-        return Owner(self.run_id, self.host, self.pid, self.process_started, self.process_table)
-
-    @property
-    def is_orphan(self) -> bool:
-        """Whether the run's driver ran on this machine and is gone."""
-        return self.state == "running" and self.owner.is_gone
-
-
-def is_dead(ledger: Ledger, record: RunRecord) -> bool:
-    """Whether a run that is noted as running has lost its driver, wherever that ran."""
-    if record.state != "running" or record.is_orphan:
-        return record.is_orphan
-    is_elsewhere = (record.host, record.process_table) != (socket.gethostname(), process_table())
-    return is_elsewhere and pulse.is_silent(ledger.store, record.run_id)
-
-
-def is_driven(ledger: Ledger, run_id: str) -> bool:
-    """Whether a run is under way, as far as can be seen from here."""
-    try:
-        record = RunRecord.read(ledger.record_of(run_id))
-    except FileNotFoundError:
-        return False
-    return record.state == "running" and not is_dead(ledger, record)
 
 
 def run_recipe(
@@ -145,7 +78,16 @@ def run_recipe(
                 _close_what_was_killed(recipe, ledger, tracking_uri)
             else:
                 with Interruption() as wish:
-                    _drive(recipe, ledger, planned, record, tracking_uri, retry or {}, busy, wish)
+                    _Drive(
+                        recipe=recipe,
+                        ledger=ledger,
+                        planned=planned,
+                        record=record,
+                        uri=tracking_uri_of(ledger, tracking_uri),
+                        retry=retry or {},
+                        busy=busy,
+                        interruption=wish,
+                    ).go()
         record.state = "finished"
     except BaseException as error:
         record.state = "failed" if isinstance(error, StageFailed | UserError) else "stopped"
@@ -202,82 +144,105 @@ def select(planned: list[PlannedStage], selected: Sequence[str]) -> list[Planned
     return [one for one in planned if one.name in wanted]
 
 
-def _drive(
-    recipe: CacheRecipe,
-    ledger: Ledger,
-    planned: list[PlannedStage],
-    record: RunRecord,
-    tracking_uri: str,
-    retry: Mapping[str, frozenset[str]],
-    busy: Busy,
-    interruption: Interruption,
-) -> None:
-    """Start Ray and MLflow and run what is missing."""
-    from pipelines.progress import Progress
-    from pipelines.ray_cluster import disconnect
-    from pipelines.runner import Runner
-    from pipelines.stage_jobs import StageJobs
-    from pipelines.tracking import Tracker
-    from pipelines.tracking_end import close_run, tracking_uri_of
-    from pipelines.tracking_place import without_password
+@dataclass(frozen=True, kw_only=True)
+class _Drive:
+    """A run that starts Ray and MLflow and does what is missing."""
 
-    uri = tracking_uri_of(ledger, tracking_uri)
-    record.tracking_uri = without_password(uri)
-    close_orphans(ledger)
-    alive = pulse.begin(ledger.store, record.owner)
-    ledger.write_run(vars(record))
-    tracker = Tracker(uri, store=ledger.store, recipe_name=recipe.name, run_id=record.run_id)
-    tracker.run_started(record.resolved)
-    status = "FAILED"
-    # stdout is data: Ray's own processes would print there
-    with redirect_stdout(sys.stderr), Progress() as progress:
-        runner = Runner(
-            recipe,
-            ledger,
-            planned,
-            run_id=record.run_id,
+    recipe: CacheRecipe
+    ledger: Ledger
+    planned: list[PlannedStage]
+    record: RunRecord
+    uri: str  # of MLflow
+    retry: Mapping[str, frozenset[str]]
+    busy: Busy
+    interruption: Interruption
+
+    def go(self) -> None:
+        """Bring the run to its end, and take down what was started for it."""
+        from pipelines.driver.progress import Progress
+
+        self.record.tracking_uri = without_password(self.uri)
+        close_orphans(self.ledger)
+        alive = pulse.begin(self.ledger.store, self.record.owner)
+        self.ledger.write_run(vars(self.record))
+        tracker = self._tracker()
+        status = "FAILED"
+        # stdout is data: Ray's own processes would print there
+        with redirect_stdout(sys.stderr), Progress() as progress:
+            runner = self._runner(tracker, progress)
+            try:
+                progress.say(f"run {self.record.run_id}: starting Ray")
+                _start_ray(self.interruption)
+                runner.run()
+                status = "FINISHED"
+            except (KeyboardInterrupt, RetryableError):
+                status = "KILLED"
+                raise
+            finally:
+                self.record.stages = stage_rows(runner.states.values())
+                problems = self._end(tracker, status, alive, progress.say)
+            if problems:
+                raise problems[0]
+
+    def _tracker(self) -> Tracker:
+        from pipelines.tracking.tracker import Tracker
+
+        tracker = Tracker(
+            self.uri,
+            store=self.ledger.store,
+            recipe_name=self.recipe.name,
+            run_id=self.record.run_id,
+        )
+        tracker.run_started(self.record.resolved)
+        return tracker
+
+    def _runner(self, tracker: Tracker, progress: Progress) -> Runner:
+        from pipelines.driver.runner import Runner
+        from pipelines.jobs.stage_jobs import StageJobs
+
+        return Runner(
+            self.recipe,
+            self.ledger,
+            self.planned,
+            run_id=self.record.run_id,
             tracker=tracker,
             progress=progress,
-            retry=retry,
-            interruption=interruption,
-            owner=record.owner,
-            busy=busy,
+            retry=self.retry,
+            interruption=self.interruption,
+            owner=self.record.owner,
+            busy=self.busy,
             stage_jobs=StageJobs(
-                recipe,
-                ledger,
-                run_id=record.run_id,
+                self.recipe,
+                self.ledger,
+                run_id=self.record.run_id,
                 say=progress.say,
-                tracking_uri=uri,
-                is_driven=lambda run_id: is_driven(ledger, run_id),
+                tracking_uri=self.uri,
+                is_driven=lambda run_id: is_driven(self.ledger, run_id),
             ),
         )
-        try:
-            progress.say(f"run {record.run_id}: starting Ray")
-            _start_ray(interruption)
-            runner.run()
-            status = "FINISHED"
-        except (KeyboardInterrupt, RetryableError):
-            status = "KILLED"
-            raise
-        finally:
-            record.stages = stage_rows(runner.states.values())
-            problems = _take_every(
-                (
-                    disconnect,
-                    alive.release,
-                    lambda: unit_log_file.recover(ledger.store, progress.say),
-                    lambda: ledger.discard_scratch_of(record.run_id),
-                    lambda: close_run(ledger, tracker, status, record, progress.say),
-                ),
-                progress.say,
-            )
-        if problems:
-            raise problems[0]
+
+    def _end(
+        self, tracker: Tracker, status: str, alive: Lease, say: Callable[[str], None]
+    ) -> list[Exception]:
+        """Take down what was started; what went wrong meanwhile."""
+        from pipelines.driver.ray_cluster import disconnect
+
+        return _take_every(
+            (
+                disconnect,
+                alive.release,
+                lambda: unit_log_file.recover(self.ledger.store, say),
+                lambda: close_run(self.ledger, tracker, status, self.record, say),
+                # last: MLflow's tables may still be in the making there
+                lambda: self.ledger.discard_scratch_of(self.record.run_id),
+            ),
+            say,
+        )
 
 
 def _start_ray(interruption: Interruption) -> None:
     """Connect to Ray, unless the run was told to end; Ray takes SIGTERM for itself as it starts."""
-    from pipelines.ray_cluster import connect
+    from pipelines.driver.ray_cluster import connect
 
     interruption.obey()
     try:
@@ -310,36 +275,5 @@ def _close_what_was_killed(recipe: CacheRecipe, ledger: Ledger, tracking_uri: st
     """
     if not pulse.run_ids(ledger.store):
         return
-    from pipelines.tracking_end import close_killed
-
     close_orphans(ledger)
     close_killed(recipe, ledger, tracking_uri)
-
-
-def close_orphans(ledger: Ledger) -> list[str]:
-    """Mark runs whose driver is gone as killed; clear what they left in flight. Returns ids."""
-    records = [RunRecord.read(record) for record in ledger.runs()]
-    killed = [record for record in records if is_dead(ledger, record)]
-    for record in killed:
-        record.state, record.ended = "killed", now()
-        ledger.write_run(vars(record))
-        for name, fingerprint in record.planned.items():
-            lease.let_go_of(ledger.stage(name, fingerprint).directory, record.run_id)
-        StopMark(ledger.store, record.run_id).remove()
-    running = {record.run_id for record in records if record.state == "running"}
-    for name in orphaned_scratch(ledger, running, {record.run_id for record in records}):
-        ledger.discard_scratch_of(name)
-    return [record.run_id for record in killed]
-
-
-def orphaned_scratch(
-    ledger: Ledger, running: AbstractSet[str], known: AbstractSet[str]
-) -> list[str]:
-    """Folders of work in flight that no run is at.
-
-    Args:
-        running: ids of runs under way; as long as there are any, what is nobody's stays.
-        known: ids of all runs.
-    """
-    names = ledger.scratch_names() - running
-    return sorted(names if not running else names & known)

@@ -17,18 +17,16 @@ from pydantic import BaseModel
 from ediffi.degradation import DegradationConfig, DegradationPass
 from ediffi.train.config import TrainConfig
 from pipelines import recipe as models
-from pipelines import (
-    recipe_custom,
-    recipe_evaluation,
-    recipe_resources,
-    recipe_sampling,
-    recipe_super_resolution,
-)
 from pipelines.cli import COMMANDS, build_parser
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe_file import load_recipe
+from pipelines.recipe_sections import custom as recipe_custom
+from pipelines.recipe_sections import evaluation as recipe_evaluation
+from pipelines.recipe_sections import resources as recipe_resources
+from pipelines.recipe_sections import sampling as recipe_sampling
+from pipelines.recipe_sections import super_resolution as recipe_super_resolution
 from pipelines.stages.training import NOT_IN_IDENTITY
+from pipelines.store.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *(ROOT / "docs").glob("*.md")])

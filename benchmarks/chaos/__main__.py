@@ -29,7 +29,7 @@ from benchmarks.chaos.attack import Attack
 from benchmarks.chaos.outcome import Outcome
 from benchmarks.chaos.scene import Scene, short_scene, whole_scene
 from benchmarks.interleave import write_rows
-from pipelines.ledger import Ledger
+from pipelines.store.ledger import Ledger
 
 WORK = Path(".bench/chaos")
 SCENERIES = {

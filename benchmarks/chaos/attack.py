@@ -18,7 +18,7 @@ from benchmarks.chaos.nodes import Nodes
 from benchmarks.chaos.outage import KINDS as OUTAGES
 from benchmarks.chaos.scene import MAX_UNITS_AT_ONCE, Scene, last_words
 from benchmarks.chaos.witness import Witness, wait_a_while
-from pipelines.ledger import Ledger
+from pipelines.store.ledger import Ledger
 
 PATIENCE_S = 600.0
 MOST_STARTS_IN_VAIN = 5  # that no blow explains, such as those on a machine too busy for Ray

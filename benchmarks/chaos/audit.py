@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
-from pipelines.ledger import Ledger
-from pipelines.location import Location, is_aside
-from pipelines.stage_record import StageRecord
-from pipelines.unit_log import paths
+from pipelines.store.ledger import Ledger
+from pipelines.store.location import Location, is_aside
+from pipelines.store.stage_record import StageRecord
+from pipelines.worker.unit_log import paths
 
 
 def digests(ledger: Ledger) -> dict[str, str]:

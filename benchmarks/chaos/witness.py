@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from pipelines.location import Location
+from pipelines.store.location import Location
 
 LOOK_S = 0.05
 LOOK_IN_BUCKET_S = 0.5

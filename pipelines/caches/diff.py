@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines.caches.lookup import Found, only_stage, stages_of_run
 from pipelines.errors import UserError
-from pipelines.fingerprint import changed_parts, changes
-from pipelines.ledger import Ledger
 from pipelines.stage import File, Receipt
+from pipelines.store.fingerprint import changed_parts, changes
+from pipelines.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,23 +12,23 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pipelines import lease, pulse
 from pipelines.caches.garbage_of_jobs import JobsSince
 from pipelines.caches.lookup import Found, planned_by, stages_of
 from pipelines.caches.verification import QUARANTINE_FOLDER, files_below
-from pipelines.durable import CHECKPOINTS_FOLDER
 from pipelines.errors import UserError
-from pipelines.lease import LEASE_FOLDER
-from pipelines.ledger import GROUP_FOLDERS, Ledger
-from pipelines.location import Location, is_aside, names_in, remove_tree
 from pipelines.planning import plan
-from pipelines.processes import Owner
 from pipelines.recipe import CacheRecipe
+from pipelines.run_record import RunRecord, is_dead, orphaned_scratch
 from pipelines.stage import Json
-from pipelines.stage_record import DURABLE_FOLDER
-from pipelines.workflow import RunRecord, is_dead, orphaned_scratch
+from pipelines.store import lease, pulse
+from pipelines.store.lease import LEASE_FOLDER
+from pipelines.store.ledger import GROUP_FOLDERS, Ledger
+from pipelines.store.location import Location, is_aside, names_in, remove_tree
+from pipelines.store.processes import Owner
+from pipelines.store.stage_record import DURABLE_FOLDER
+from pipelines.worker.durable import CHECKPOINTS_FOLDER
 
-LOGS_FOLDER = "logs"  # of the store, see `pipelines.unit_log`
+LOGS_FOLDER = "logs"  # of the store, see `pipelines.worker.unit_log`
 _UNITS_OF_TIME = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _TEMPORARY = re.compile(r".+\.partial|tmp[a-z0-9_]{8}/.+")  # of libraries, as they write
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)

@@ -9,12 +9,12 @@ from datetime import datetime
 
 from pipelines.caches.lookup import planned_by
 from pipelines.errors import UserError
-from pipelines.jobs import Job, Jobs, number_of
-from pipelines.ledger import Ledger
-from pipelines.location import Location, local_copy, names_in
+from pipelines.jobs.submitted import Job, Jobs, number_of
 from pipelines.planning import plan
 from pipelines.recipe_file import load_any_recipe
 from pipelines.stage import Json
+from pipelines.store.ledger import Ledger
+from pipelines.store.location import Location, local_copy, names_in
 
 
 @dataclass(frozen=True)

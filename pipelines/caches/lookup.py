@@ -11,13 +11,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
-from pipelines.location import Location, read_text
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import CacheRecipe
 from pipelines.recipe_file import resolved_recipe
 from pipelines.stage import CIRCUMSTANCES_FILE, File, Json, Manifest, Receipt
-from pipelines.stage_record import StageRecord
+from pipelines.store.ledger import Ledger
+from pipelines.store.location import Location, read_text
+from pipelines.store.stage_record import StageRecord
 
 EVERYTHING = "*"
 NUM_SHOWN = 5  # of what a message lists

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from pipelines.caches.lookup import Found, RecipeFinder
 from pipelines.caches.verification import IDENTITY_FILE, QUARANTINE_FOLDER, Problem, verify
+from pipelines.driver.stand_ins import STAND_IN
 from pipelines.errors import Damaged, UserError
-from pipelines.lease import take
-from pipelines.ledger import Ledger
-from pipelines.location import Location
-from pipelines.processes import Owner
 from pipelines.stage import Receipt, is_adopted
-from pipelines.stage_record import StageRecord
-from pipelines.stand_ins import STAND_IN
+from pipelines.store.lease import take
+from pipelines.store.ledger import Ledger
+from pipelines.store.location import Location
+from pipelines.store.processes import Owner
+from pipelines.store.stage_record import StageRecord
 
 if TYPE_CHECKING:
     from pipelines.recipe import CacheRecipe

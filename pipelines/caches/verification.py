@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.caches.lookup import Found
-from pipelines.lease import LEASE_FOLDER
-from pipelines.location import Location
 from pipelines.stage import (
     CIRCUMSTANCES_FILE,
     RECEIPTS_FILE,
@@ -22,7 +20,9 @@ from pipelines.stage import (
     Manifest,
     Receipt,
 )
-from pipelines.stage_record import DURABLE_FOLDER
+from pipelines.store.lease import LEASE_FOLDER
+from pipelines.store.location import Location
+from pipelines.store.stage_record import DURABLE_FOLDER
 
 QUARANTINE_FOLDER = "quarantine"  # of a stage: broken files that `repair` moved out of the way
 NUM_THREADS = 8  # hashing leaves Python's lock alone, and an object store answers late

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pipelines.caches.lookup import Found, RecipeFinder, recipe_of_run, stages_of
 from pipelines.commands.plan import human_bytes
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.ledger import Ledger
 from pipelines.recipe import CacheRecipe
 from pipelines.recipe_file import load_any_recipe
 from pipelines.stage import Json, Totals
+from pipelines.store.ledger import Ledger
 
 NUM_SHOWN = 20  # units or samples a command tells people of; programs get all
 
@@ -253,7 +253,7 @@ def gc(options: Namespace) -> int:
 def _ask_schedulers(ledger: Ledger) -> None:
     """Hear what became of jobs; of those whose scheduler does not answer, all is kept."""
     from pipelines.commands.schedulers import heard, is_open
-    from pipelines.jobs import Jobs
+    from pipelines.jobs.submitted import Jobs
 
     jobs = Jobs(ledger)
     for job in jobs.all():

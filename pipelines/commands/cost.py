@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from pipelines.commands.options import json_option
 from pipelines.commands.prices import DEVICES, Prices, price_options
 from pipelines.errors import UserError
-from pipelines.jobs import Jobs
-from pipelines.ledger import Ledger
+from pipelines.jobs.submitted import Jobs
+from pipelines.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from cluster.profile import Profile

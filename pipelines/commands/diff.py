@@ -18,8 +18,8 @@ from pipelines.caches.diff import (
     settings_that_differ,
 )
 from pipelines.caches.lookup import Found
-from pipelines.ledger import Ledger
 from pipelines.stage import Json, Receipt
+from pipelines.store.ledger import Ledger
 
 
 def diff(options: Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.commands.options import STORE, json_option
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
+from pipelines.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from cluster.doctor import Finding, Needs
@@ -93,7 +93,7 @@ def _needs(
     """Of this machine: all that the recipe takes, unless it only submits it."""
     from cluster.doctor import Needs
     from pipelines.commands.doctor_needs import environment_there, machine_needs, unit_needs
-    from pipelines.tracking_place import default_uri
+    from pipelines.tracking.place import default_uri
 
     store, environment = ledger.store, dict(os.environ)
     if profile is not None:

@@ -20,10 +20,10 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cluster.doctor import TIMEOUT_S, Finding, NodeNeeds, check_clock, examine_node, reason
-from pipelines.location import location, write_atomically
+from pipelines.driver.ray_address import silence_at
+from pipelines.store.location import location, write_atomically
 
 DEADLINE_S = 180.0
 REDUCE_S = 60.0  # of the deadline: connecting, and adding up
@@ -63,17 +63,11 @@ def check_nodes(
 
 
 def _check_listening(address: str) -> Finding | None:
-    """Ray itself takes long to say that nobody is there."""
-    parts = urlsplit(f"//{address.rpartition('//')[2]}")
-    if parts.port is None:  # "auto", "local"
+    if (silence := silence_at(address, TIMEOUT_S)) is None:
         return None
-    try:
-        socket.create_connection((parts.hostname or "", parts.port), timeout=TIMEOUT_S).close()
-    except OSError as error:
-        remedy = "start the cluster (`ray start --head`), or mend RAY_ADDRESS"
-        found = f"nobody listens at {address}: {reason(error)}"
-        return Finding(name="nodes", ok=False, found=found, remedy=remedy)
-    return None
+    remedy = "start the cluster (`ray start --head`), or mend RAY_ADDRESS"
+    found = f"nobody listens at {address}: {reason(silence)}"
+    return Finding(name="nodes", ok=False, found=found, remedy=remedy)
 
 
 # -- what the process does ------------------------------------------------------------------------
@@ -257,7 +251,7 @@ def main() -> None:
     """Print the findings as one line of JSON."""
     import ray
 
-    from pipelines.ray_cluster import connect
+    from pipelines.driver.ray_cluster import connect
 
     connect()
     # what a node imports is this module by its own name, not `__main__`

@@ -9,9 +9,9 @@ from pathlib import Path
 from cluster.doctor import Finding, check_clock, nearest_directory
 from cluster.profile import Profile
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
-from pipelines.location import Location, check_exclusive_create, remove_tree, store_time
-from pipelines.outages import why_it_failed
+from pipelines.store.ledger import Ledger
+from pipelines.store.location import Location, check_exclusive_create, remove_tree, store_time
+from pipelines.store.outages import why_it_failed
 
 NAME = "store"
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 from pipelines.commands import schedulers
 from pipelines.errors import RetryableError, UserError
-from pipelines.jobs import Job, Jobs
-from pipelines.ledger import Ledger
-from pipelines.processes import Owner
+from pipelines.jobs.submitted import Job, Jobs
 from pipelines.stage import Json
-from pipelines.stage_record import StageRecord
+from pipelines.store.ledger import Ledger
+from pipelines.store.processes import Owner
+from pipelines.store.stage_record import StageRecord
 
 POLL_S = 1.0
 
@@ -71,7 +71,7 @@ def _print_status(found: Found, ledger: Ledger, *, is_heard: bool) -> None:
 
 def _seen(record: Json, ledger: Ledger) -> Json:
     """A run's record, told apart from one whose driver is gone."""
-    from pipelines.workflow import RunRecord, is_dead
+    from pipelines.run_record import RunRecord, is_dead
 
     return record | {"state": "killed"} if is_dead(ledger, RunRecord.read(record)) else record
 
@@ -168,7 +168,7 @@ def logs(options: Namespace) -> None:
 
 def _unit_logs(ledger: Ledger, found: Found, options: Namespace) -> None:
     """The logs that units keep in the store; with --follow, as they grow."""
-    from pipelines.unit_log import paths
+    from pipelines.worker.unit_log import paths
 
     if not found.runs:
         raise UserError(f"no run of {options.name} has begun: its units have said nothing yet")
@@ -204,7 +204,7 @@ def _is_chosen(stage: str, unit: str, options: Namespace) -> bool:
 
 def cancel(options: Namespace) -> None:
     """Ask a job or run to save and end; the same submission or command goes on from there."""
-    from pipelines.workflow import RunRecord
+    from pipelines.run_record import RunRecord
 
     ledger = Ledger.checked(options.store)
     found, jobs = find(ledger, options.name), Jobs(ledger)

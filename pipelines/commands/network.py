@@ -7,12 +7,12 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.prediction.network_size import NetworkSize, network_sizes
 from pipelines.prediction.stream_widths import StreamWidths, stream_widths
 from pipelines.recipe_file import load_recipe
 from pipelines.stage import Json
+from pipelines.store.ledger import Ledger
 
 _ORIGINS = {
     "cache": "as its cache says",

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pipelines.commands.prices import DEVICES, Prices
 from pipelines.cost import Devices
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage
 from pipelines.planning import plan as make_plan
 from pipelines.prediction.cost import Cost, Rate, earlier_rate, predict
@@ -24,8 +23,9 @@ from pipelines.prediction.training import (
 )
 from pipelines.recipe import CacheRecipe, ReadyShards
 from pipelines.recipe_file import load_any_recipe
-from pipelines.recipe_resources import Resources
+from pipelines.recipe_sections.resources import Resources
 from pipelines.stage import Json, Manifest
+from pipelines.store.ledger import Ledger
 
 INGEST = "ingest"
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.ledger import Ledger
-from pipelines.location import Location, location
 from pipelines.recipe import CacheRecipe
 from pipelines.recipe_file import load_any_recipe, load_recipe
 from pipelines.stage import Json, Manifest
+from pipelines.store.ledger import Ledger
+from pipelines.store.location import Location, location
 
 if TYPE_CHECKING:
-    from pipelines.workflow import RunRecord
+    from pipelines.run_record import RunRecord
 
 
 def run(options: Namespace) -> None:
@@ -83,7 +83,7 @@ def _result(ledger: Ledger, record: Json) -> Json:
 
 def print_table(record: RunRecord) -> None:
     """What a person wants to know after a run."""
-    from pipelines.tracking_place import default_uri, without_password
+    from pipelines.tracking.place import default_uri, without_password
 
     for row in record.stages:
         seconds = f"{row['seconds']:8.1f} s" if row["state"] == "ran" else " " * 10
@@ -136,7 +136,7 @@ def _figures(record: Json) -> dict[str, float]:
 def compare(options: Namespace) -> None:
     """Print the settings that differ between runs and the figures of each."""
     from pipelines.cost import cost_of_run
-    from pipelines.fingerprint import flatten
+    from pipelines.store.fingerprint import flatten
 
     ledger = Ledger.checked(options.store)
     records = [ledger.run(run_id) for run_id in options.runs]

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipelines.commands.options import json_option
 from pipelines.errors import UserError
 from pipelines.recipe_file import parse_value
-from pipelines.recipe_sampling import Enlarging, SamplerSettings
+from pipelines.recipe_sections.sampling import Enlarging, SamplerSettings
 
 if TYPE_CHECKING:
     from ediffi.generator import Generator

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from pipelines.errors import RetryableError, UserError
-from pipelines.jobs import Job, Jobs
+from pipelines.jobs.submitted import Job, Jobs
 
 if TYPE_CHECKING:
     from cluster.profile import Profile

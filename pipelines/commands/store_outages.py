@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 from pipelines.commands.options import Command
-from pipelines.ledger import Ledger
-from pipelines.outages import as_retryable
+from pipelines.store.ledger import Ledger
+from pipelines.store.outages import as_retryable
 
 
 def from_store(command: Command) -> Command:

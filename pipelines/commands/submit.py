@@ -13,10 +13,18 @@ from pipelines.commands.options import STORE
 from pipelines.commands.schedulers import heard, is_open, scheduler_errors
 from pipelines.commands.store_outages import from_store
 from pipelines.errors import UserError
-from pipelines.jobs import JOB_VARIABLE, Job, Jobs, as_yaml, number_of, stem_of, travelling
-from pipelines.ledger import Ledger
-from pipelines.package_pin import digest, lock_of_checkout
+from pipelines.jobs.package_pin import digest, lock_of_checkout
+from pipelines.jobs.submitted import (
+    JOB_VARIABLE,
+    Job,
+    Jobs,
+    as_yaml,
+    number_of,
+    stem_of,
+    travelling,
+)
 from pipelines.recipe_file import load_any_recipe
+from pipelines.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from cluster.job import JobSpec
@@ -147,7 +155,7 @@ def _store(named: str, profile: Profile) -> str:
 
 def _check_stages(recipe: CacheRecipe, chosen: list[str]) -> None:
     """Raise UserError for a stage that this recipe has not; no class of a custom one is needed."""
-    from pipelines.stages import build_stages
+    from pipelines.stage_graph import build_stages
 
     ours = build_stages(recipe.model_copy(update={"custom_stages": {}})) if chosen else []
     names = [*(stage.name for stage in ours), *recipe.custom_stages]

@@ -14,7 +14,7 @@ from pipelines.planning import PlannedStage
 from pipelines.prediction.earlier_runs import EarlierRuns
 from pipelines.recipe import Resources
 from pipelines.stage import Json, Totals
-from pipelines.stage_record import StageRecord
+from pipelines.store.stage_record import StageRecord
 
 NUM_UNITS_LOOKED_AT = 100  # of an unfinished stage
 # What an encoder costs, and how many bytes a sample takes, hangs on these.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pipelines.caches.lookup import recipe_of_run
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.recipe import CacheRecipe
 from pipelines.stage import Json, Manifest
+from pipelines.store.ledger import Ledger
 
 
 class EarlierRuns:

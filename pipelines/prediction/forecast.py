@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from pipelines.fingerprint import changed_parts, unit_key
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, contents_of
 from pipelines.stage import RECEIPTS_FILE, Manifest, Unit
-from pipelines.stage_record import StageRecord
 from pipelines.stages.inputs import NULL_UNIT
+from pipelines.store.fingerprint import changed_parts, unit_key
+from pipelines.store.ledger import Ledger
+from pipelines.store.stage_record import StageRecord
 
 NUM_UNITS_SHOWN = 5  # that must be done, with the reason
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.prediction.stream_widths import StreamWidths
 from pipelines.recipe import Recipe
-from pipelines.recipe_super_resolution import by_size
+from pipelines.recipe_sections.super_resolution import by_size
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
-from pipelines.execute import Task, execute
-from pipelines.fingerprint import fingerprint
-from pipelines.ledger import Ledger
-from pipelines.location import Location, location
 from pipelines.planning import PlannedStage, contents_of, describe
 from pipelines.prediction.cost import Rate
 from pipelines.recipe import CacheRecipe, Encoder, ReadyShards, Resources
 from pipelines.stage import Manifest, Receipt, Stage, Unit
-from pipelines.stages import build_stages
+from pipelines.stage_graph import build_stages
 from pipelines.stages.inputs import CLIP_FOLDER, EMBED_PREFIX, image_shards, shard_file
+from pipelines.store.fingerprint import fingerprint
+from pipelines.store.ledger import Ledger
+from pipelines.store.location import Location, location
+from pipelines.worker.execute import Task, execute
 
 if TYPE_CHECKING:
-    from pipelines.recipe_data import Data
+    from pipelines.recipe_sections.data import Data
 
 INGEST = "ingest"
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.location import location
 from pipelines.recipe import ClipFit, Encoder, Recipe
 from pipelines.stage import Manifest
 from pipelines.stages.inputs import EMBED_PREFIX, NULL_UNIT
+from pipelines.store.location import location
 
 if TYPE_CHECKING:
     from ediffi.encoding.encoder_weights import EncoderConfig

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from ediffi.noise import SigmaDistribution
 from ediffi.train.config import TrainConfig
 from pipelines.cost import GANG_STAGES
-from pipelines.durable import read_reports
 from pipelines.planning import PlannedStage
 from pipelines.prediction.cost import Cost, Rate, predict
 from pipelines.prediction.earlier_runs import EarlierRuns
 from pipelines.recipe import CacheRecipe, Recipe, Resources
-from pipelines.recipe_super_resolution import SuperResolutionExperts
-from pipelines.recipe_training import Experts
+from pipelines.recipe_sections.super_resolution import SuperResolutionExperts
+from pipelines.recipe_sections.training import Experts
 from pipelines.stage import Json, Manifest
+from pipelines.worker.durable import read_reports
 
 # How a batch is computed, and with that how long an image takes.
 _SPEED_FIELDS = (

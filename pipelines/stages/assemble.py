@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from ediffi.noise import SigmaDistribution
 from pipelines.recipe import Recipe
-from pipelines.recipe_super_resolution import by_size
+from pipelines.recipe_sections.super_resolution import by_size
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
 from pipelines.stages.inputs import CLIP_FOLDER, encoder_config, snapshot_paths
 from pipelines.stages.train_super_resolution import STAGE_PREFIX as MODEL_PREFIX

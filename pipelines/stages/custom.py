@@ -29,11 +29,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.fingerprint import canonical
-from pipelines.outages import why_it_failed
-from pipelines.recipe_custom import CustomStage as Section
+from pipelines.recipe_sections.custom import CustomStage as Section
 from pipelines.source_closure import closure_digest
 from pipelines.stage import Json, Manifest, Outcome, Stage, Unit, Workspace
+from pipelines.store.fingerprint import canonical
+from pipelines.store.outages import why_it_failed
 
 _REQUIRED = ("version", "plan", "run")
 _OURS = Path(__file__).parents[1]  # what is raised there says all there is to say

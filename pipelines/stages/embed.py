@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from pipelines.fingerprint import settings_digest, unit_key
 from pipelines.recipe import Encoder
 from pipelines.stage import File, Json, Manifest, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.embed_budget import check_receipts
@@ -21,6 +20,7 @@ from pipelines.stages.inputs import (
     image_shards,
     shard_file,
 )
+from pipelines.store.fingerprint import settings_digest, unit_key
 
 if TYPE_CHECKING:
     from ediffi.encoders import Encoder as LoadedEncoder

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipelines.errors import UserError
-from pipelines.fingerprint import file_sha256, unit_key
-from pipelines.location import location
 from pipelines.recipe import Encoder
 from pipelines.stage import File, Json, Manifest, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.embed import asked_identity, digest_kind
 from pipelines.stages.embed_budget import check_receipts
 from pipelines.stages.inputs import EMBED_PREFIX, NULL_UNIT, image_shards, without
+from pipelines.store.fingerprint import file_sha256, unit_key
+from pipelines.store.location import location
 
 _FROM_FITTING = ("weights", "preprocessing")  # what a recipe with fitted weights cannot know
 

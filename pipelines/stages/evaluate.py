@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipelines.fingerprint import unit_key
 from pipelines.recipe import Recipe
-from pipelines.recipe_evaluation import ClipFeatures
-from pipelines.recipe_sampling import SamplerSettings
+from pipelines.recipe_sections.evaluation import ClipFeatures
+from pipelines.recipe_sections.sampling import SamplerSettings
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
 from pipelines.stages.evaluation.attention import measure_attention
 from pipelines.stages.evaluation.drawings import measure_pictures
@@ -26,6 +25,7 @@ from pipelines.stages.evaluation.painting import measure_painting
 from pipelines.stages.evaluation.style import measure_style
 from pipelines.stages.evaluation.text_ablation import measure_text_ablation
 from pipelines.stages.inputs import without
+from pipelines.store.fingerprint import unit_key
 
 # Of every unit: what makes it, and which of the stage's inputs it reads beside the encoders.
 MEASUREMENTS: dict[str, tuple[Callable[[Material], Measured], tuple[str, ...]]] = {

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ediffi.noise import NoiseInterval, SigmaDistribution
-from pipelines.durable import LEVELS_FOLDER
-from pipelines.recipe_training import ExpertRun, Experts
+from pipelines.recipe_sections.training import ExpertRun, Experts
 from pipelines.stage import Json, Outcome, Unit, Workspace
 from pipelines.stages.training import train_identity, train_unit
+from pipelines.worker.durable import LEVELS_FOLDER
 
 if TYPE_CHECKING:
     from ediffi.train.job import TrainJob

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.errors import UserError
-from pipelines.location import location
 from pipelines.stage import Json, Manifest, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.ingestion.address_guard import AddressRules
 from pipelines.stages.ingestion.adopt import AdoptShards
@@ -27,6 +26,7 @@ from pipelines.stages.ingestion.picture_files import find_pictures, max_bytes_of
 from pipelines.stages.ingestion.rejects import Rejection, Tally, check_budget
 from pipelines.stages.ingestion.source_files import absolute
 from pipelines.stages.ingestion.source_list import SPLITS, Row, SourceList
+from pipelines.store.location import location
 
 if TYPE_CHECKING:
     from pipelines.recipe import CacheRecipe, PictureFolder, UrlList

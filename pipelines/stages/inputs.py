@@ -7,9 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.driver.stand_ins import is_stand_in
 from pipelines.recipe import Encoder
 from pipelines.stage import File, Json, Manifest, Receipt
-from pipelines.stand_ins import is_stand_in
 
 if TYPE_CHECKING:
     from ediffi.conditioning import StreamConfig

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.errors import UserError
-from pipelines.fingerprint import file_sha256
-from pipelines.recipe_sampling import Sampling
+from pipelines.recipe_sections.sampling import Sampling
 from pipelines.stage import Json, Manifest, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.assemble import ENSEMBLE_FOLDER, ensemble_path
 from pipelines.stages.inputs import image_shards, shard_file
 from pipelines.stages.untrained_experts import missing_experts
+from pipelines.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image

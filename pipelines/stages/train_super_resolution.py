@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.recipe import Recipe
-from pipelines.recipe_super_resolution import SuperResolution
+from pipelines.recipe_sections.super_resolution import SuperResolution
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
 from pipelines.stages.inputs import stream_configs
 from pipelines.stages.training import data_identity, train_identity, train_job, train_unit

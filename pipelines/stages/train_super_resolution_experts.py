@@ -8,7 +8,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from pipelines.recipe import Recipe
-from pipelines.recipe_super_resolution import SuperResolutionExperts
+from pipelines.recipe_sections.super_resolution import SuperResolutionExperts
 from pipelines.stage import Json, Manifest, Outcome, Unit, Workspace
 from pipelines.stages.expert_chain import ExpertChain, experts_identity
 from pipelines.stages.inputs import snapshot_paths

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from ediffi.noise import WHOLE, NoiseInterval
 from ediffi.train.config import TrainConfig
-from pipelines.durable import CHECKPOINTS_FOLDER, GRIDS_FOLDER
 from pipelines.recipe import Recipe
-from pipelines.recipe_sampling import SamplerSettings
+from pipelines.recipe_sections.sampling import SamplerSettings
 from pipelines.stage import Json, Manifest, Outcome, Workspace
 from pipelines.stages.inputs import joined_shards, stream_configs, without
+from pipelines.worker.durable import CHECKPOINTS_FOLDER, GRIDS_FOLDER
 
 if TYPE_CHECKING:
     from ediffi.degradation import LowRes

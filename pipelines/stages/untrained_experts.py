@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from ediffi.noise import NoiseInterval, SigmaDistribution
-from pipelines.recipe_training import Experts
+from pipelines.driver.stand_ins import stand_ins_of
+from pipelines.recipe_sections.training import Experts
 from pipelines.stage import Manifest
-from pipelines.stand_ins import stand_ins_of
 
 FACT = "stand_ins"  # in the receipt of `assemble`: which experts the base stands in for
 

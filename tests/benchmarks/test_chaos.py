@@ -21,9 +21,9 @@ from benchmarks.chaos.bucket import s3_bucket
 from benchmarks.chaos.outage import Outage, outage_before
 from benchmarks.chaos.outcome import Outcome
 from benchmarks.chaos.witness import Witness
-from pipelines.ledger import Ledger
 from pipelines.stage import Outcome as UnitOutcome
 from pipelines.stage import Unit
+from pipelines.store.ledger import Ledger
 from tests.pipelines.fake_stages import write_run
 
 WORDS = b"all is well" * 1000

@@ -5,9 +5,9 @@ from pathlib import Path
 import yaml
 
 from benchmarks.fanout import _write_recipe, training_recipe, write_pictures
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe_file import load_recipe
+from pipelines.store.ledger import Ledger
 
 
 def test_all_numbers_of_experts_share_one_base(tmp_path: Path, monkeypatch) -> None:

@@ -15,9 +15,9 @@ from benchmarks.orchestration import (
 )
 from benchmarks.peers import PeerError
 from benchmarks.peers.orchestrators import FILES, Orchestrator
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe_file import load_recipe
+from pipelines.store.ledger import Ledger
 from pipelines.workflow import select
 
 PLAIN = Orchestrator(name="plain", package="pip")

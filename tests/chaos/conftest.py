@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.chaos import audit
 from benchmarks.chaos.scene import Scene, short_scene
-from pipelines.ledger import Ledger
+from pipelines.store.ledger import Ledger
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from benchmarks.chaos.bucket import s3_bucket
 from benchmarks.chaos.nodes import ray_nodes
 from benchmarks.chaos.scene import MAX_UNITS_AT_ONCE
 from benchmarks.chaos.witness import Witness
-from pipelines.ledger import Ledger
+from pipelines.store.ledger import Ledger
 from tests.chaos.conftest import Calm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

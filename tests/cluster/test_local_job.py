@@ -108,7 +108,7 @@ def test_ray_lives_until_a_cancelled_driver_has_saved() -> None:
     """A driver that hears SIGTERM can still give Ray a task."""
     code = (
         "import signal, sys, threading, ray\n"
-        "from pipelines.ray_cluster import connect, disconnect\n"
+        "from pipelines.driver.ray_cluster import connect, disconnect\n"
         "connect()\n"
         "told = threading.Event()\n"
         "signal.signal(signal.SIGTERM, lambda *_: told.set())\n"

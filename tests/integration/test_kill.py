@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines.durable import read_progress
+from pipelines.worker.durable import read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -174,6 +174,6 @@ def _digests(manifest: Any) -> dict[str, str]:
 
 def _run_states(store: Path) -> list[str]:
     """How the store's runs ended, the newest first."""
-    from pipelines.ledger import Ledger
+    from pipelines.store.ledger import Ledger
 
     return [record["state"] for record in Ledger(store).runs()]

@@ -20,9 +20,9 @@ from ediffi.shards import JoinedShards
 from ediffi.storage.shard_format import ShardWriter
 from pipelines.cli import build_parser
 from pipelines.commands.embed import recipe_of
-from pipelines.execute import Task, execute
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
+from pipelines.store.ledger import Ledger
+from pipelines.worker.execute import Task, execute
 from tests.tiny_encoders import write_t5
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

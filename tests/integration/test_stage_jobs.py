@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.jobs import Jobs
-from pipelines.ledger import Ledger
+from pipelines.jobs.submitted import Jobs
+from pipelines.store.ledger import Ledger
 from tests.cluster.ray_head import TOKEN, Head, running_head
 from tests.infra.watched_project import WatchedProject, wait_until
 

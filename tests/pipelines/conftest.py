@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from pipelines.cli import main
-from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
+from pipelines.store.ledger import Ledger
 from tests.pipelines import fake_stages, in_process
 from tests.pipelines.fake_stages import FakeStage
 
@@ -64,7 +64,7 @@ def ray_cluster() -> Iterator[None]:
     """One Ray on this machine for the whole session, started as a run starts it."""
     import ray
 
-    from pipelines.ray_cluster import connect
+    from pipelines.driver.ray_cluster import connect
 
     # Workers cannot import test modules: the stages travel with their code.
     ray.cloudpickle.register_pickle_by_value(fake_stages)

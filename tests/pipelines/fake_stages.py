@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from pipelines.ledger import Ledger
-from pipelines.location import write_atomically
 from pipelines.planning import PlannedStage, describe
 from pipelines.stage import Json, Manifest, Outcome, Receipt, Unit, Workspace
-from pipelines.stage_record import StageRecord
+from pipelines.store.ledger import Ledger
+from pipelines.store.location import write_atomically
+from pipelines.store.stage_record import StageRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def finish_all(planned: Sequence[PlannedStage]) -> None:
 
 def write_run(ledger: Ledger, run_id: str, **values: Json) -> Json:
     """Write a run's record, finished unless the test says otherwise; returns it."""
-    from pipelines.workflow import RunRecord
+    from pipelines.run_record import RunRecord
 
     record = RunRecord(recipe="demo", resolved={}, run_id=run_id, state="finished")
     document = {**vars(record), **values}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pipelines.execute import Task, execute
-from pipelines.fingerprint import unit_key
-from pipelines.ledger import Ledger
 from pipelines.planning import contents_of, describe, plan
 from pipelines.recipe import CacheRecipe
-from pipelines.workflow import RunRecord, select
+from pipelines.run_record import RunRecord
+from pipelines.store.fingerprint import unit_key
+from pipelines.store.ledger import Ledger
+from pipelines.worker.execute import Task, execute
+from pipelines.workflow import select
 
 
 def run_recipe(

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines import lease
-from pipelines.execute import Task, execute
-from pipelines.lease import Held, Lease
-from pipelines.location import location
-from pipelines.processes import Owner
 from pipelines.stage import Outcome, Unit, Workspace
+from pipelines.store import lease
+from pipelines.store.lease import Held, Lease
+from pipelines.store.location import location
+from pipelines.store.processes import Owner
+from pipelines.worker.execute import Task, execute
 from tests.pipelines.fake_stages import FakeStage
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from pipelines.cost import RunCost, StageCost, cost_of_run
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import Recipe
 from pipelines.stage import Json
+from pipelines.store.ledger import Ledger
 from tests.pipelines.fake_stages import FakeStage, manifest, receipt, write_run
 
 

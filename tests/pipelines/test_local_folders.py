@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import stage as stage_module
-from pipelines.ledger import Ledger
 from pipelines.stage import Outcome, Unit, keep_folders_in
+from pipelines.store.ledger import Ledger
 
 
 def test_copies_lie_where_they_are_cleared(

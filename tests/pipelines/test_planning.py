@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
 from pipelines.stage import Outcome, Unit
+from pipelines.store.ledger import Ledger
 from tests.pipelines.fake_stages import FakeStage, finish, finish_all
 
 FOLLOWS_EXPERTS = ["experts", "assemble", "sample", "evaluate", "report"]

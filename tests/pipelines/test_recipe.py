@@ -13,7 +13,7 @@ from ediffi.noise import check_tiling
 from pipelines.errors import UserError
 from pipelines.recipe import STAGES, ClipFit, Encoder, Recipe, Resources
 from pipelines.recipe_file import load_recipe
-from pipelines.stages import build_stages
+from pipelines.stage_graph import build_stages
 
 SHIPPED = sorted(
     Path(entry.name).stem for entry in (resources.files("pipelines") / "recipes").iterdir()

@@ -20,14 +20,14 @@ import pytest
 import ray
 from PIL import Image
 
-from pipelines.execute import Task, execute
-from pipelines.ledger import Ledger
+from pipelines.driver.pool import Started
+from pipelines.driver.progress import Progress
+from pipelines.driver.runner import Runner
 from pipelines.planning import plan
-from pipelines.pool import Started
-from pipelines.progress import Progress
 from pipelines.recipe import CacheRecipe, Resources
-from pipelines.runner import Runner
-from pipelines.tracking import Tracker
+from pipelines.store.ledger import Ledger
+from pipelines.tracking.tracker import Tracker
+from pipelines.worker.execute import Task, execute
 from tests.tiny_encoders import write_clip, write_t5, write_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(300)]
@@ -78,7 +78,7 @@ class Team:
         progress = create_autospec(Progress, instance=True)
         tracker = create_autospec(Tracker, instance=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pipelines.flights.WorkerPool", InProcess)
+            patch.setattr("pipelines.driver.flights.WorkerPool", InProcess)
             one = Runner(recipe, ledger, planned, run_id="run", tracker=tracker, progress=progress)
             one.run()
         self.said += [call.args[0] for call in progress.say.call_args_list]

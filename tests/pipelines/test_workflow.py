@@ -10,16 +10,17 @@ from unittest.mock import Mock
 
 import pytest
 
-from pipelines import lease, pulse
+from pipelines.driver.runner import Runner
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.lease import Lease
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
-from pipelines.processes import Owner, process_table
 from pipelines.recipe import Recipe, Resources
-from pipelines.runner import Runner
-from pipelines.stopping import StopMark
-from pipelines.workflow import RunRecord, close_orphans, run_recipe, select
+from pipelines.run_record import RunRecord, close_orphans
+from pipelines.store import lease, pulse
+from pipelines.store.lease import Lease
+from pipelines.store.ledger import Ledger
+from pipelines.store.processes import Owner, process_table
+from pipelines.store.stopping import StopMark
+from pipelines.workflow import run_recipe, select
 from tests.pipelines.fake_stages import FakeStage, finish_all, write_run
 
 
@@ -34,9 +35,9 @@ def recipe(demo_recipe: Recipe) -> Recipe:
 def tracker(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Mock:
     """A run uses the session's Ray, and this in MLflow's place."""
     tracker = Mock(parent_run_id="mlflow-1", errors=[])
-    monkeypatch.setattr("pipelines.tracking.Tracker", Mock(return_value=tracker))
-    monkeypatch.setattr("pipelines.ray_cluster.connect", lambda: None)
-    monkeypatch.setattr("pipelines.ray_cluster.disconnect", lambda: None)
+    monkeypatch.setattr("pipelines.tracking.tracker.Tracker", Mock(return_value=tracker))
+    monkeypatch.setattr("pipelines.driver.ray_cluster.connect", lambda: None)
+    monkeypatch.setattr("pipelines.driver.ray_cluster.disconnect", lambda: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     return tracker
 
@@ -78,8 +79,8 @@ def test_a_run_that_finds_everything_starts_nothing(
     """Neither Ray nor MLflow is touched, and the record says that all was there."""
     use_stages(*stages())
     finish_all(plan(recipe, ledger))
-    monkeypatch.setattr("pipelines.ray_cluster.connect", Mock(side_effect=AssertionError))
-    monkeypatch.setattr("pipelines.tracking.Tracker", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("pipelines.driver.ray_cluster.connect", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("pipelines.tracking.tracker.Tracker", Mock(side_effect=AssertionError))
     record = run_recipe(recipe, ledger)
     assert record.state == "finished"
     assert {row["state"] for row in record.stages} == {"cached"}
@@ -265,7 +266,7 @@ def test_a_run_that_finds_everything_closes_what_was_killed(
     for run_id in ("gone", "on"):
         pulse.folder(ledger.store, run_id).mkdir()
     tracker = Mock(errors=["ConnectionError: refused"])
-    monkeypatch.setattr("pipelines.tracking.Tracker", Mock(return_value=tracker))
+    monkeypatch.setattr("pipelines.tracking.tracker.Tracker", Mock(return_value=tracker))
     run_recipe(recipe, ledger)
     assert ledger.run("gone")["state"] == "killed"
     assert [call[0] for call in tracker.method_calls] == ["close_ended", "run_finished"]

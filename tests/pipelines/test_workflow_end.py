@@ -10,12 +10,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from pipelines import pulse
+from pipelines.driver.runner import Runner
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe import Recipe
-from pipelines.runner import Runner
+from pipelines.store import pulse
+from pipelines.store.ledger import Ledger
 from pipelines.workflow import run_recipe
 from tests.pipelines.fake_stages import FakeStage, finish_all, write_run
 
@@ -26,9 +26,9 @@ SHOWN_URI = "http://me:***@127.0.0.1:9"
 def tracker(monkeypatch: pytest.MonkeyPatch, use_stages: Callable[..., None]) -> Mock:
     """In MLflow's place; Ray is not started, and what the runner does is up to the test."""
     tracker = Mock(parent_run_id="mlflow-1", errors=[])
-    monkeypatch.setattr("pipelines.tracking.Tracker", Mock(return_value=tracker))
-    monkeypatch.setattr("pipelines.ray_cluster.connect", lambda: None)
-    monkeypatch.setattr("pipelines.ray_cluster.disconnect", lambda: None)
+    monkeypatch.setattr("pipelines.tracking.tracker.Tracker", Mock(return_value=tracker))
+    monkeypatch.setattr("pipelines.driver.ray_cluster.connect", lambda: None)
+    monkeypatch.setattr("pipelines.driver.ray_cluster.disconnect", lambda: None)
     monkeypatch.setattr(Runner, "run", lambda self: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     use_stages(FakeStage(name="first"))
@@ -144,10 +144,10 @@ def test_the_first_error_is_the_one_that_is_told(
 ) -> None:
     """What fails after it is said, and everything else is done all the same."""
     left = Mock()
-    monkeypatch.setattr("pipelines.ray_cluster.disconnect", left)
+    monkeypatch.setattr("pipelines.driver.ray_cluster.disconnect", left)
     monkeypatch.setattr(Runner, "run", raising(StageFailed("b is broken")))
     broken = raising(OSError(errno.EIO, "a bad disk"))
-    monkeypatch.setattr("pipelines.unit_log_file.recover", broken)
+    monkeypatch.setattr("pipelines.worker.unit_log_file.recover", broken)
     with pytest.raises(StageFailed, match="b is broken"):
         run_recipe(demo_recipe, ledger)
     assert "at the run's end: OSError: [Errno 5] a bad disk" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_a_finished_run_that_cannot_be_tidied_up_ends_as_one_to_repeat(
 ) -> None:
     """There is no other error that this one could hide."""
     broken = raising(OSError(errno.EIO, "a bad disk"))
-    monkeypatch.setattr("pipelines.unit_log_file.recover", broken)
+    monkeypatch.setattr("pipelines.worker.unit_log_file.recover", broken)
     with pytest.raises(RetryableError, match="a bad disk"):
         run_recipe(demo_recipe, ledger)
     tracker.run_finished.assert_called_once_with("FINISHED")
@@ -244,9 +244,9 @@ def test_sigterm_before_the_first_unit_is_to_be_repeated(
     if moment == "before Ray":
         tracker.run_started.side_effect = send_sigterm
     elif moment == "while Ray starts":
-        monkeypatch.setattr("pipelines.ray_cluster.connect", start_and_be_told)
+        monkeypatch.setattr("pipelines.driver.ray_cluster.connect", start_and_be_told)
     else:
-        monkeypatch.setattr("pipelines.ray_cluster.connect", send_sigterm)
+        monkeypatch.setattr("pipelines.driver.ray_cluster.connect", send_sigterm)
     with pytest.raises(RetryableError, match="told to end"):
         run_recipe(demo_recipe, ledger)
     ran.assert_not_called()
@@ -259,7 +259,26 @@ def test_sigterm_while_mlflow_is_closed_hinders_nothing(
     demo_recipe: Recipe, ledger: Ledger, tracker: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All is done by then; Ray's own answer would be to end the process with a failure."""
-    monkeypatch.setattr("pipelines.ray_cluster.connect", start_as_ray_does)
+    monkeypatch.setattr("pipelines.driver.ray_cluster.connect", start_as_ray_does)
     tracker.run_finished.side_effect = send_sigterm
     assert run_recipe(demo_recipe, ledger).state == "finished"
     assert ledger.runs()[0]["state"] == "finished"
+
+
+def test_mlflow_ends_before_its_run_loses_its_scratch(
+    demo_recipe: Recipe, ledger: Ledger, tracker: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run of a few seconds the database is still being made there."""
+    found = []
+
+    def begin(runner: Runner) -> None:
+        [name] = [record["run_id"] for record in ledger.runs()]
+        database = ledger.scratch_of(name) / "mlflow.db"
+        database.parent.mkdir(parents=True)
+        database.write_text("half of it")
+        tracker.run_finished.side_effect = lambda status: found.append(database.exists())
+
+    monkeypatch.setattr(Runner, "run", begin)
+    run_recipe(demo_recipe, ledger)
+    assert found == [True]
+    assert ledger.scratch_names() == set()

@@ -13,13 +13,13 @@ from toy import note
 @task(cache_policy=INPUTS + TASK_SOURCE, persist_result=True)
 def step(name: str, setting: int, needs: list[str]) -> str:
     note(name)
-    return f"{name}-{setting}"
+    return f"{name}-{setting}({','.join(needs)})"  # all it depends on, else `third` finds no change
 
 
 @flow
 def toy(shape: str, setting: int) -> None:
-    source = step.submit("source", 0, [])
     width = 5 if shape == "ten" else 100
+    source = step.submit("source", width, [])  # else a hundred would find what ten left
     middle = [step.submit(f"{index:03d}", 0, [source]) for index in range(width)]
     last = step.submit("join", 0, middle)
     for name in ("first", "second", "third") if shape == "ten" else ():

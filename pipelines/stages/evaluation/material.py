@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipelines.recipe import Recipe
-from pipelines.recipe_evaluation import ClipFeatures
+from pipelines.recipe_sections.evaluation import ClipFeatures
 from pipelines.stage import Json, Manifest, Workspace
 from pipelines.stages.alignment import Alignment, clip_alignment, shapes_alignment
 from pipelines.stages.assemble import ensemble_path

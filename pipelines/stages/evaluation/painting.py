@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pipelines.colours import COLOURS, colour_in, pixels_of
-from pipelines.recipe_evaluation import PaintedCase
+from pipelines.recipe_sections.evaluation import PaintedCase
 from pipelines.stage import Json
 from pipelines.stages.evaluation.charts import picture_grid
 from pipelines.stages.evaluation.material import Material, Measured

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.errors import UserError
-from pipelines.fingerprint import canonical, file_sha256, unit_key
-from pipelines.location import Location, location
 from pipelines.stage import File, Json, Manifest, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.ingestion.adopted_samples import SampleLimits
 from pipelines.stages.ingestion.duplicate_keys import KEYS_FOLDER, find_duplicates, write_keys
@@ -19,6 +17,8 @@ from pipelines.stages.ingestion.rejects import Tally, check_budget
 from pipelines.stages.ingestion.source_files import TarSource, find_tars, version_of
 from pipelines.stages.ingestion.source_list import SPLITS
 from pipelines.stages.ingestion.tar_sifting import SOUND, Sieve
+from pipelines.store.fingerprint import canonical, file_sha256, unit_key
+from pipelines.store.location import Location, location
 
 if TYPE_CHECKING:
     from pipelines.recipe import ReadyShards

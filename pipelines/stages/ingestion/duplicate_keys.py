@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.location import Location
+from pipelines.store.location import Location
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pipelines.fingerprint import file_sha256
 from pipelines.stage import File, Unit, Workspace
 from pipelines.stages.ingestion.fetch import PASSING_REASONS
 from pipelines.stages.ingestion.rejects import REPORTS_FOLDER, Rejection, read_report
+from pipelines.store.fingerprint import file_sha256
 
 if TYPE_CHECKING:
     from ediffi.storage.tar_index import MappedTar, Members

@@ -20,13 +20,13 @@ from typing import Any
 from urllib.parse import quote
 
 from pipelines.errors import RetryableError
-from pipelines.fingerprint import file_sha256
-from pipelines.location import Location
 from pipelines.stages.ingestion.address_guard import REFUSED
 from pipelines.stages.ingestion.guarded_http import RETRY_AFTER, TOO_LARGE
 from pipelines.stages.ingestion.picture_files import Fetched, find_pictures
 from pipelines.stages.ingestion.rejects import Rejection
 from pipelines.stages.ingestion.source_list import Row
+from pipelines.store.fingerprint import file_sha256
+from pipelines.store.location import Location
 
 START_S = 120  # for imports on a busy machine, beside the time for the downloads
 PICTURE_TIMEOUTS = 6  # one picture may take so many times `timeout_s`, however it trickles in

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipelines.errors import UserError
-from pipelines.fingerprint import file_sha256
-from pipelines.location import Location
 from pipelines.stage import Json
 from pipelines.stages.ingestion.source_files import version_of
+from pipelines.store.fingerprint import file_sha256
+from pipelines.store.location import Location
 
 Value = str | bytes | int | float | bool | None  # of a cell; bytes are text that is not UTF-8
 Piece = Any  # a pyarrow.RecordBatch

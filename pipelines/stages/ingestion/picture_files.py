@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipelines.location import Location
 from pipelines.stages.ingestion.rejects import Rejection
 from pipelines.stages.ingestion.source_list import Row
+from pipelines.store.location import Location
 
 Fetched = Mapping[int, Path | Rejection]  # by row index
 

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING, Any
 
-from pipelines.fingerprint import unit_key
 from pipelines.stage import Json, Unit
 from pipelines.stages.ingestion.list_file import Piece, plain_column
+from pipelines.store.fingerprint import unit_key
 
 if TYPE_CHECKING:
     import numpy as np

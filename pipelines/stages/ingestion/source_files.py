@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.location import Location
+from pipelines.store.location import Location
 
 
 @dataclass(frozen=True, kw_only=True)

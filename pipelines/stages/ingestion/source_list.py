@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from pipelines.errors import UserError
-from pipelines.location import Location
 from pipelines.stage import Json, Unit
 from pipelines.stages.ingestion.list_file import ListFile, Piece, Value, column_values
 from pipelines.stages.ingestion.rejects import Rejection
 from pipelines.stages.ingestion.row_shards import OpenShard
+from pipelines.store.location import Location
 
 if TYPE_CHECKING:
     import numpy as np

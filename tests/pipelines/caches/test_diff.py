@@ -20,11 +20,11 @@ from pipelines.caches.diff import (
 )
 from pipelines.caches.lookup import Found
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe import Recipe
 from pipelines.stage import File, Outcome, Receipt, Unit
-from pipelines.stage_record import StageRecord
+from pipelines.store.ledger import Ledger
+from pipelines.store.stage_record import StageRecord
 from tests.pipelines.fake_stages import FakeStage, finish, receipt, write_run
 
 Tensors = Mapping[str, torch.Tensor]

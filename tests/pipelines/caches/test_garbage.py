@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import lease, pulse
 from pipelines.caches.garbage import (
     Garbage,
     Sweep,
@@ -19,11 +18,12 @@ from pipelines.caches.garbage import (
 )
 from pipelines.caches.lookup import stages_of
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
-from pipelines.processes import process_table
 from pipelines.recipe import Recipe
 from pipelines.stage import File, Json, Outcome, Unit
+from pipelines.store import lease, pulse
+from pipelines.store.ledger import Ledger
+from pipelines.store.processes import process_table
 from tests.pipelines.fake_stages import FakeStage, finish, write_run
 
 DAY = timedelta(days=1)
@@ -304,7 +304,7 @@ def test_a_full_disk_can_be_cleared(
     def no_room(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr("pipelines.lease.create_exclusively", no_room)
+    monkeypatch.setattr("pipelines.store.lease.create_exclusively", no_room)
     assert [remove(one) for one in garbage(ledger)] == ["", ""]
     assert stages_of(ledger) == []
 

@@ -8,10 +8,10 @@ import pytest
 
 from pipelines.caches.garbage import find_garbage, find_kept, remove
 from pipelines.errors import UserError
-from pipelines.jobs import Job, Jobs, as_yaml
-from pipelines.ledger import Ledger
+from pipelines.jobs.submitted import Job, Jobs, as_yaml
 from pipelines.planning import plan
 from pipelines.recipe import Recipe
+from pipelines.store.ledger import Ledger
 from tests.pipelines.fake_stages import FakeStage, finish, write_run
 
 DAY = timedelta(days=1)

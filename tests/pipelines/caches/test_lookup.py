@@ -6,9 +6,9 @@ import pytest
 
 from pipelines.caches.lookup import Found, RecipeFinder, only_stage, stages_of, stages_of_run
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
 from pipelines.recipe import Recipe
+from pipelines.store.ledger import Ledger
 from tests.pipelines.fake_stages import FakeStage, finish, write_run
 
 

@@ -10,13 +10,13 @@ import pytest
 from pipelines.caches.lookup import RecipeFinder, stages_of
 from pipelines.caches.repair import drop_lost_manifests, find_broken, prepare_retry, repair
 from pipelines.caches.verification import verify
+from pipelines.driver.progress import Progress
+from pipelines.driver.runner import Runner
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
-from pipelines.progress import Progress
 from pipelines.recipe import Recipe
-from pipelines.runner import Runner
 from pipelines.stage import Outcome, Unit, Workspace
+from pipelines.store.ledger import Ledger
 from tests.pipelines import in_process
 from tests.pipelines.fake_stages import FakeStage, finish
 

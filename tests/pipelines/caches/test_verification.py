@@ -9,10 +9,10 @@ import pytest
 
 from pipelines.caches.lookup import Found
 from pipelines.caches.verification import files_below, verify
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe import Recipe
 from pipelines.stage import File, Outcome, Unit
+from pipelines.store.ledger import Ledger
 from tests.pipelines.fake_stages import FakeStage, finish
 
 

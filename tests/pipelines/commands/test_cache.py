@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import lease
 from pipelines.caches.lookup import stages_of
 from pipelines.cli import main
 from pipelines.errors import RetryableError
-from pipelines.jobs import Job, Jobs
-from pipelines.ledger import Ledger
+from pipelines.jobs.submitted import Job, Jobs
 from pipelines.planning import plan
 from pipelines.recipe import Recipe
 from pipelines.stage import Json, Outcome, Unit, Workspace
+from pipelines.store import lease
+from pipelines.store.ledger import Ledger
 from tests.pipelines import in_process
 from tests.pipelines.fake_stages import FakeStage, write_run
 

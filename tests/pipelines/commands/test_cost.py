@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.jobs import Job, Jobs
-from pipelines.ledger import Ledger
+from pipelines.jobs.submitted import Job, Jobs
 from pipelines.planning import plan
 from pipelines.recipe import Recipe
+from pipelines.store.ledger import Ledger
 from tests.pipelines.fake_stages import FakeStage, manifest, receipt, write_run
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.doctor import Finding, Needs
 from pipelines.cli import main
-from pipelines.ledger import Ledger
+from pipelines.store.ledger import Ledger
 
 
 @pytest.fixture

@@ -84,6 +84,6 @@ def test_what_listens_is_no_cluster(tmp_path: Path) -> None:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         address = f"127.0.0.1:{listening.getsockname()[1]}"
-        (nodes,) = check_nodes(address, str(tmp_path), NEEDS, deadline_s=60)
+        (nodes,) = check_nodes(address, str(tmp_path), NEEDS, deadline_s=10)
     assert not nodes.ok
     assert nodes.remedy

@@ -9,10 +9,10 @@ import pytest
 import s3fs
 
 from cluster.profile import Profile
-from pipelines import location
 from pipelines.cli import main
 from pipelines.commands.doctor_store import check_shared, check_store
-from pipelines.ledger import Ledger
+from pipelines.store import location
+from pipelines.store.ledger import Ledger
 from tests.conftest import S3_PORT
 from tests.pipelines.failing_store import failing_store
 

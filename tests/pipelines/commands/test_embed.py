@@ -135,7 +135,7 @@ def test_people_are_told_where_each_cache_lies(
     ediffi: Callable[..., tuple], ledger: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programs get the object that `run --json` prints; only the caches are asked for."""
-    from pipelines.workflow import RunRecord
+    from pipelines.run_record import RunRecord
 
     asked: list[tuple[str, list[str]]] = []
     row = {"name": "embed/t5", "state": "ran", "units": 3, "path": "/store/embed/t5/0123"}

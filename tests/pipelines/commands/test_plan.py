@@ -12,11 +12,11 @@ import pytest
 from pipelines.commands.plan import human_bytes, human_time
 from pipelines.commands.prices import parse_prices
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.prediction.cost import Rate
 from pipelines.prediction.probe import Probed
 from pipelines.recipe import Recipe
+from pipelines.store.ledger import Ledger
 from tests.pipelines import in_process
 from tests.pipelines.fake_stages import FakeStage, manifest, receipt, write_run
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from pipelines.errors import RetryableError, StageFailed
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, describe, plan
-from pipelines.processes import process_start, process_table
 from pipelines.recipe import Recipe
 from pipelines.stage import Outcome, Unit
+from pipelines.store.ledger import Ledger
+from pipelines.store.processes import process_start, process_table
 from pipelines.workflow import run_recipe
 from tests.pipelines.fake_stages import FakeStage, finish, write_run
 

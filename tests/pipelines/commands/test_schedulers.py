@@ -17,8 +17,8 @@ from cluster import kubectl, launch, local_job
 from cluster.job_state import JobState, SchedulerError
 from cluster.profile import Profile
 from pipelines.commands.schedulers import SENDING_S
-from pipelines.jobs import Job, Jobs
-from pipelines.ledger import Ledger
+from pipelines.jobs.submitted import Job, Jobs
+from pipelines.store.ledger import Ledger
 
 Call = Callable[..., tuple[int, str, str]]
 

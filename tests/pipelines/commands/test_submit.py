@@ -13,10 +13,10 @@ import yaml
 
 from cluster.profile import load_profile
 from pipelines.commands.submit import placement
-from pipelines.jobs import Jobs
-from pipelines.ledger import Ledger
+from pipelines.jobs.submitted import Jobs
 from pipelines.recipe_file import load_any_recipe
-from pipelines.workflow import RunRecord
+from pipelines.run_record import RunRecord
+from pipelines.store.ledger import Ledger
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -242,8 +242,8 @@ def test_a_run_by_hand_can_be_cancelled(ediffi: Call, ledger: Ledger) -> None:
     """On its own machine, by SIGTERM; from another one the error says where it runs."""
     code = (
         "import signal, sys, time\n"
-        "from pipelines.ledger import Ledger\n"
-        "from pipelines.workflow import RunRecord\n"
+        "from pipelines.store.ledger import Ledger\n"
+        "from pipelines.run_record import RunRecord\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
         "record = RunRecord(recipe='demo', resolved={})\n"
         f"Ledger.open({str(ledger.store)!r}).write_run(vars(record))\n"

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from pipelines.demo.shapes import write_data_set
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe_file import load_any_recipe
+from pipelines.store.ledger import Ledger
 from tests.pipelines import in_process
 
 EXAMPLE = Path(__file__).with_name("example")
@@ -60,7 +60,7 @@ def in_new_process(code: str, project: Path, *arguments: str) -> subprocess.Comp
 
 FINGERPRINTS = """
 import json, os, sys
-from pipelines.ledger import Ledger
+from pipelines.store.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.recipe_file import load_any_recipe
 recipe = load_any_recipe(os.environ["PROJECT"] + "/recipe.yaml", sys.argv[2:])

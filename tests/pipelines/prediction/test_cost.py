@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.prediction.cost import Cost, Rate, earlier_rate, predict
 from pipelines.prediction.earlier_runs import EarlierRuns
 from pipelines.recipe import Recipe, Resources
+from pipelines.store.ledger import Ledger
 from tests.pipelines import in_process
 from tests.pipelines.fake_stages import FakeStage, finish
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from pipelines.fingerprint import unit_key
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.prediction.forecast import NUM_UNITS_SHOWN, Forecast, forecast, samples_in
 from pipelines.recipe import Recipe
 from pipelines.stage import Manifest, Unit
+from pipelines.store.fingerprint import unit_key
+from pipelines.store.ledger import Ledger
 from tests.pipelines import in_process
 from tests.pipelines.fake_stages import FakeStage
 

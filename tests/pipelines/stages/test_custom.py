@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
+from pipelines.driver.stage_state import StageState
+from pipelines.driver.stage_work import StageWork
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.fingerprint import fingerprint
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage
 from pipelines.recipe import Resources
-from pipelines.recipe_custom import CustomStage
+from pipelines.recipe_sections.custom import CustomStage
 from pipelines.stage import Outcome, Unit
-from pipelines.stage_state import StageState
-from pipelines.stage_work import StageWork
 from pipelines.stages.custom import Custom
+from pipelines.store.fingerprint import fingerprint
+from pipelines.store.ledger import Ledger
 
 CODE = """
 import errno

@@ -14,14 +14,14 @@ from ediffi.encoding.encoder_identity import CacheMismatch, read_identity
 from ediffi.storage.shard_format import ShardWriter, decode_tensors, read_shard
 from ediffi.storage.tar_index import ShardError, write_index
 from pipelines.errors import StageFailed, UserError
-from pipelines.fingerprint import changed_parts, file_sha256
 from pipelines.recipe import Encoder
 from pipelines.stage import File, Manifest, Stage, Unit, Workspace
-from pipelines.stage_record import StageRecord
 from pipelines.stages.embed import Embed
 from pipelines.stages.embed_cache import AdoptCache
 from pipelines.stages.ingestion.shard_digests import ShardDigests
 from pipelines.stages.inputs import joined_shards
+from pipelines.store.fingerprint import changed_parts, file_sha256
+from pipelines.store.stage_record import StageRecord
 from tests.pipelines.fake_stages import manifest, receipt
 from tests.tiny_encoders import write_clip, write_t5
 
@@ -212,7 +212,7 @@ def test_a_cache_made_elsewhere_is_used_where_it_lies(cached, tmp_path):
 
 def test_a_cache_on_an_object_store_is_used_where_it_lies(cached, tmp_path, s3_store):
     """Receipts name the tars by URL, sizes are verified there."""
-    from pipelines.location import location
+    from pipelines.store.location import location
 
     for path in (tmp_path / "made").rglob("*"):
         if path.is_file() and "scratch" not in str(path):

@@ -18,14 +18,14 @@ from PIL import Image
 
 from ediffi.storage.tar_index import INDEX_SUFFIX, read_index
 from pipelines.errors import RetryableError, StageFailed, UserError
-from pipelines.fingerprint import file_sha256
-from pipelines.location import Location, location
 from pipelines.recipe import PictureFolder, ReadyShards, Recipe, UrlList
 from pipelines.stage import File, Outcome, Receipt, Unit, Workspace
 from pipelines.stages.ingest import IngestFolder, IngestUrls, ingest_stage
 from pipelines.stages.ingestion import fetch as fetching
 from pipelines.stages.ingestion.adopt import AdoptShards
 from pipelines.stages.ingestion.earlier_shard import EarlierShard
+from pipelines.store.fingerprint import file_sha256
+from pipelines.store.location import Location, location
 from tests.pipelines.stages.ingest_inputs import (
     NOBODY,
     folder_stage,

@@ -15,7 +15,7 @@ from ediffi.pictures import decode_image
 from ediffi.shards import ShardWriter, caption_of, picture_of, read_shard
 from pipelines.errors import UserError
 from pipelines.grids import GAP_PX, TEXT_PX, tile_px
-from pipelines.recipe_sampling import Sampling
+from pipelines.recipe_sections.sampling import Sampling
 from pipelines.stage import File, Manifest, Outcome, Unit, Workspace
 from pipelines.stages.sample import Sample, held_out_receipts
 from tests.pipelines.fake_stages import manifest, receipt

@@ -14,12 +14,12 @@ from ediffi.noise import NoiseInterval
 from ediffi.snapshot import read_snapshot
 from ediffi.train.job import TrainJob
 from ediffi.train.start import publish_state
-from pipelines.durable import PROGRESS_FILE, Durable, read_progress
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
 from pipelines.stage import Json, Outcome, Unit, Workspace
 from pipelines.stages import train_experts
 from pipelines.stages.train_experts import TrainExperts
+from pipelines.worker.durable import PROGRESS_FILE, Durable, read_progress
 from tests.ediffi.train.toy import CONFIG, NETWORK, Killed, after, make_job, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.distributed.*is deprecated:FutureWarning")

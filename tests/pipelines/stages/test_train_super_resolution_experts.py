@@ -13,13 +13,13 @@ from ediffi.degradation import LowRes
 from ediffi.noise import tree_node
 from ediffi.snapshot import load_snapshot, read_snapshot
 from ediffi.train.job import TrainJob
-from pipelines.durable import Durable
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
 from pipelines.stage import Manifest, Outcome, Unit, Workspace
 from pipelines.stages import train_super_resolution
 from pipelines.stages.train_super_resolution import TrainSuperResolution
 from pipelines.stages.train_super_resolution_experts import TrainSuperResolutionExperts
+from pipelines.worker.durable import Durable
 from tests.ediffi.train.toy import STREAMS, make_job
 from tests.pipelines.fake_stages import manifest, receipt
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipelines.fingerprint import unit_key
 from pipelines.stage import Manifest, Outcome, Unit, Workspace
+from pipelines.store.fingerprint import unit_key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,12 @@ from ediffi.noise import WHOLE, NoiseInterval, paper_intervals
 from ediffi.preconditioning import Preconditioning
 from ediffi.snapshot import Snapshot, save_snapshot
 from pipelines.demo.shapes import write_data_set
-from pipelines.ledger import Ledger
 from pipelines.planning import PlannedStage, contents_of, describe, plan
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import load_recipe
 from pipelines.stage import Json, Manifest, Outcome, Unit
 from pipelines.stages.training import network_config
+from pipelines.store.ledger import Ledger
 from tests.pipelines.in_process import run_recipe
 from tests.tiny_encoders import write_t5
 

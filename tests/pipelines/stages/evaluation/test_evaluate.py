@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.stages import build_stages
+from pipelines.stage_graph import build_stages
 from pipelines.stages.evaluate import Evaluate
 from pipelines.stages.inputs import EMBED_PREFIX
 from tests.pipelines.in_process import run_recipe

@@ -137,7 +137,7 @@ def test_painting_is_measured_on_equal_seeds(evaluated: Store) -> None:
 
 def test_painting_reaches_the_drawing(material: Material) -> None:
     """The box changes the pictures, and another box changes them otherwise."""
-    from pipelines.recipe_evaluation import PaintedCase, PaintedPhrase
+    from pipelines.recipe_sections.evaluation import PaintedCase, PaintedPhrase
     from pipelines.stages.evaluation.painting import _draw, box_masks
 
     drawn = []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipelines.colours import COLOURS
-from pipelines.recipe_evaluation import PaintedCase
+from pipelines.recipe_sections.evaluation import PaintedCase
 from pipelines.stages.evaluation.painting import box_masks, score, see_colours
 
 

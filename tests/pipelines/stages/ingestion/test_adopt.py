@@ -16,11 +16,11 @@ import pytest
 
 from ediffi.shards import read_shard
 from pipelines.errors import StageFailed, UserError
-from pipelines.location import location
 from pipelines.recipe import ReadyShards
 from pipelines.stage import Outcome, Receipt, Unit
 from pipelines.stages.ingestion.adopt import AdoptShards
 from pipelines.stages.ingestion.duplicate_keys import KEYS_FOLDER
+from pipelines.store.location import location
 from tests.pipelines.stages.ingest_inputs import (
     picture,
     plan,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ediffi.storage.tar_index import write_index
-from pipelines.location import location
 from pipelines.stages.ingestion import duplicate_keys
 from pipelines.stages.ingestion.duplicate_keys import KEYS_FOLDER, find_duplicates, write_keys
+from pipelines.store.location import location
 from tests.pipelines.stages.ingest_inputs import write_tar
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipelines.location import location
 from pipelines.stages.ingestion.picture_files import Fetched, find_pictures, local_path
 from pipelines.stages.ingestion.rejects import Rejection
 from pipelines.stages.ingestion.source_list import Row
+from pipelines.store.location import location
 from tests.pipelines.stages.ingest_inputs import write_pictures
 
 

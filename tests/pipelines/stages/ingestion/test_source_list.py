@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.fingerprint import changed_parts
 from pipelines.recipe import HeldOut
 from pipelines.stages.ingest import IngestFolder
 from pipelines.stages.ingestion import list_file
 from pipelines.stages.ingestion.source_list import Row
+from pipelines.store.fingerprint import changed_parts
 from tests.pipelines.stages.ingest_inputs import (
     NOBODY,
     folder_stage,

@@ -1,0 +1,1 @@
+"""Recipes and stages that are sent elsewhere, and the drivers there."""
