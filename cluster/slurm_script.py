@@ -81,6 +81,7 @@ _BODY = r"""
 set -uo pipefail
 restart=${SLURM_RESTART_COUNT:-0}
 scratch=$scratch_dir/ediffi-$SLURM_JOB_ID.$restart
+here= # what lies in it for this node
 port=$((20000 + (SLURM_JOB_ID + 1009 * restart) % 10000))
 why=   # this run was told to end: time, cancel, slurm or successor
 code=0 # of what was awaited last
@@ -119,7 +120,8 @@ one_node() {
   done
   role=(--address="$head:$port")
   if ((SLURM_NODEID == 0)); then
-    role=(--head --port="$port" --ray-client-server-port="$((port + 10000))"
+    # From 32768 on, Linux gives ports to outgoing connections; Ray ends if its client's is taken.
+    role=(--head --port="$port" --ray-client-server-port="$((port - 10000))"
       --include-dashboard=false)
   else
     until (: <"/dev/tcp/$head/$port") 2>/dev/null; do
@@ -146,10 +148,12 @@ one_node() {
     while kill -0 "$node" 2>/dev/null; do wait "$node"; done
     kill -KILL "$listener" 2>/dev/null
     rm -rf "$temp"
+    [[ ! -e $temp.told ]] || break
+    ((SLURM_NODEID)) || touch "$temp.lost"
     # a busy machine may need longer to start than Ray has patience
-    [[ -e $temp.told ]] || ((SECONDS < start_s)) || { echo "Ray ended unasked"; exit 1; }
+    ((SECONDS < start_s)) || { echo "Ray ended unasked"; exit 1; }
   done
-  rm -f "$temp.told" "$temp.end"
+  rm -f "$temp.told" "$temp.end" "$temp.lost"
   rmdir "$scratch" 2>/dev/null
 }
 
@@ -228,9 +232,15 @@ await() {
   child=
 }
 
+# Whether Ray's head has ended by itself; what starts its processes looks once a second.
+is_head_lost() {
+  local seconds
+  for ((seconds = 0; seconds < 3; seconds++)); do [[ -e $here.lost ]] || sleep 1; done
+  [[ -e $here.lost ]]
+}
+
 stop_ray() {
-  local here seconds
-  here=$scratch/$(own_name)
+  local seconds
   [[ -z $watch ]] || kill "$watch" 2>/dev/null
   [[ -z $late ]] || kill "$late" 2>/dev/null
   exec 9>&-
@@ -273,6 +283,7 @@ setup || {
 set -u
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n') # of this run, in no file
 head=$(own_address)
+here=$scratch/$(own_name)
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0 RAY_ADDRESS=$head:$port
 say "starts Ray on $SLURM_JOB_NODELIST, its head at $RAY_ADDRESS"
 
@@ -292,11 +303,16 @@ if ((code != 0)); then
   leave 3
 fi
 
+rm -f "$here.lost" # by a start that was tried again
 watch_for_successor 9>&- &
 watch=$!
 setsid "${command[@]}" 9>&- & # a group of its own: a signal to this script's is not for it
 await $!
 say "the command ended with exit code $code"
 if [[ $why ]] && ((code > 3)); then code=3; fi # told while it started, or killed in the end
+if ((code == 1 || code > 3)) && is_head_lost; then
+  say "Ray's head had ended under it; its words are in $ray_log-$SLURM_JOB_ID.ray-0.log"
+  code=3
+fi
 leave "$code"
 """

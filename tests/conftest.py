@@ -2,20 +2,14 @@
 
 import os
 import signal
-import socket
 import uuid
 from collections.abc import Iterator, Sequence
 
 import pytest
 
+from tests.infra.ports import free_port
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-S3_PORT = _free_port()
+S3_PORT = free_port()
 
 # A shell lets what it starts in the background ignore Ctrl-C, which tests send to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

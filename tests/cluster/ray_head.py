@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import pytest
 from cluster import ray_jobs
 from cluster.job_state import SchedulerError
 from cluster.profile import Profile
+from tests.infra.ports import free_ports
 
 TOKEN = "a-token-for-this-test-alone-0123456789"
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that others reach
@@ -44,13 +44,6 @@ def profile_at(address: str, **values: object) -> Profile:
     return Profile.from_mapping("test", {"kind": "ray", "ray": {"address": address}, **values})
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def running_head(folder: Path, **variables: str) -> Iterator[Head]:
     """The head while the context is open; its token is in this process's environment meanwhile.
@@ -58,8 +51,8 @@ def running_head(folder: Path, **variables: str) -> Iterator[Head]:
     Args:
         variables: set where `ray start` runs.
     """
-    ports = {"port": free_port(), "dashboard-port": free_port()}
-    ports |= {"dashboard-agent-listen-port": free_port(), "ray-client-server-port": free_port()}
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     scratch = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # its sockets need a short path
     words = ["start", "--head", f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}"]
     words += [f"--{name}={port}" for name, port in ports.items()]

@@ -17,7 +17,8 @@ from cluster import ray_jobs
 from cluster.job import JobSpec
 from cluster.job_state import AlreadyThereError, JobState, SchedulerError
 from cluster.profile import Profile
-from tests.cluster.ray_head import LOOPBACK, TOKEN, Head, free_port, profile_at, running_head
+from tests.cluster.ray_head import LOOPBACK, TOKEN, Head, profile_at, running_head
+from tests.infra.ports import free_port
 
 # Set where `ray start` runs.
 NODE_SECRETS = {"OUR_PASSWORD": "hidden-value-of-the-node", "OUR_CHAT": "https://chat.example/hook"}

@@ -14,13 +14,16 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
+from tests.infra.ports import free_ports
+
 START_DEADLINE_S = 60
+REQUEUE_DEADLINE_S = 200
 MUNGE_KEY_BYTES = 128
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 NODE_TIMEOUT_S = 30  # a node that is silent for so long is lost; a busy machine is not
@@ -143,8 +146,12 @@ class EmulatedSlurm:
 
     def hurry(self, job_id: str) -> None:
         """Start a job now that was queued again: Slurm would let it wait for two minutes."""
-        self._wait("the job waits", lambda: self.job(job_id)["JobState"] == "PENDING")
-        _run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        deadline = time.monotonic() + REQUEUE_DEADLINE_S
+        while (job := self.job(job_id))["JobState"] in ("PENDING", "COMPLETING", "REQUEUED"):
+            assert time.monotonic() < deadline, f"{job}\n{_run('sinfo', '--Node', '--long')}"
+            # again and again: while its last run is cleared away, Slurm may set the time anew
+            _run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+            time.sleep(1)
 
     def preempt(self, job_id: str) -> None:
         """Take a job's nodes away and queue it again, as for one of higher priority."""
@@ -172,7 +179,7 @@ class EmulatedSlurm:
 
     def _configuration(self) -> str:
         host, folder = socket.gethostname().split(".")[0], self.directory
-        ports = _free_ports(1 + len(self.nodes))
+        ports = free_ports(1 + len(self.nodes))
         settings = {
             "ClusterName": "emulated",
             "SlurmctldHost": f"{host}(127.0.0.1)",
@@ -226,13 +233,3 @@ def _run(*command: str, check: bool = True) -> str:
     answer = subprocess.run(command, capture_output=True, text=True)
     assert not check or answer.returncode == 0, f"{command}: {answer.stderr}"
     return answer.stdout
-
-
-def _free_ports(number: int) -> Sequence[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

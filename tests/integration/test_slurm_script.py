@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING
 SAVE_S = 20
 
 # Started as the job's interpreter: `python -` waits until the head is there, and the file `hold` is
-# not; anything else is `ray start`.
+# not; anything else is `ray start`, which fails once where there is a file `lose`.
 STAND_IN = """#!{python} -S
 import os, signal, socket, sys, time
 if sys.argv[1] == "-":
@@ -40,8 +40,10 @@ print("Ray starts", *sys.argv[3:], flush=True)
 for word in sys.argv:
     if word.startswith("--port="):
         head = socket.create_server(("", int(word[7:])))
-while True:
-    signal.pause()
+while not os.path.exists("lose"):
+    time.sleep(0.1)
+os.remove("lose")
+sys.exit(1)
 """
 
 # Tells what it hears; saves for a second; then ends as the first line of the file `code` says.
@@ -213,6 +215,26 @@ def test_nodes_that_do_not_join(cluster: EmulatedSlurm, make_job: MakeJob) -> No
     assert job.until("failed").exit_code == 3
     assert "no Ray cluster; its nodes' words are in" in job.said
     assert "command: begins" not in job.said
+
+
+def test_head_that_is_lost_under_the_command(cluster: EmulatedSlurm, make_job: MakeJob) -> None:
+    """Ray's library ends a process whose head is gone, with code 1: no verdict on the run."""
+    job = Submitted(make_job())
+    lose = job.directory / "lose"
+    lose.touch()  # a start that fails is tried again, and is forgotten
+    job.until_it_says("command: begins")
+    job.let_end(1)
+    assert job.until("failed").num_requeues == 0
+
+    (job.directory / "code").unlink()
+    job = Submitted(make_job())
+    job.until_it_says("command: begins")
+    lose.touch()
+    wait_until("the head is lost", lambda: not lose.exists(), job.log)
+    job.let_end(1)
+    assert job.until("waiting").num_requeues == 1
+    assert "Ray's head had ended under it" in job.said
+    slurm.cancel(job.id)
 
 
 def test_nodes_of_one_job(cluster: EmulatedSlurm, make_job: MakeJob) -> None:
