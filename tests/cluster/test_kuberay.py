@@ -1,6 +1,7 @@
 """RayJob manifests: against the operator's schema, where it is at hand, and field by field."""
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,20 @@ def schema_problems(manifest: Any) -> list[str]:
     """What the operator's schema has against a manifest; skips where it cannot be asked."""
     if not SCHEMA.is_file():
         pytest.skip("the KubeRay schemas do not lie beside this checkout")
-    found = jsonschema.Draft202012Validator(operators_schema()).iter_errors(manifest)
+    found = Validator(operators_schema()).iter_errors(manifest)
     return [f"{error.json_path}: {error.message}" for error in found]
+
+
+def _rules_in_words(
+    _validator: object, rules: list[dict[str, str]], _value: object, _schema: object
+) -> Iterator[jsonschema.ValidationError]:
+    """The API server evaluates these; nothing here can, so no field of ours may have any."""
+    yield from (jsonschema.ValidationError(f"has a rule: {one['rule']}") for one in rules)
+
+
+Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator, {"x-kubernetes-validations": _rules_in_words}
+)
 
 
 @pytest.mark.parametrize("name", ["kuberay", "autoscaled"])
@@ -72,6 +85,7 @@ def test_the_operator_takes_the_manifest(name: str) -> None:
     ("path", "value"),
     [
         (("spec", "entrypiont"), "x"),
+        (("spec", "managedBy"), "ray.io/kuberay-operator"),
         (("spec", "backoffLimit"), "2"),
         (("spec", "preRunningDeadlineSeconds"), 0),
         (("spec", "rayClusterSpec", "authOptions", "mode"), "tokens"),
@@ -80,7 +94,7 @@ def test_the_operator_takes_the_manifest(name: str) -> None:
     ],
 )
 def test_the_schema_would_have_refused_it(path: tuple[str, ...], value: Any) -> None:
-    """The check above can fail: a wrong name, type, number, word or a missing field is found."""
+    """The check above can fail: a wrong name, type, number, word, a rule or a missing field."""
     manifest = manifest_of("kuberay")
     node = manifest
     for key in path[:-1]:
