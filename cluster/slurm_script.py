@@ -82,7 +82,9 @@ set -uo pipefail
 restart=${SLURM_RESTART_COUNT:-0}
 scratch=$scratch_dir/ediffi-$SLURM_JOB_ID.$restart
 here= # what lies in it for this node
-port=$((20000 + (SLURM_JOB_ID + 1009 * restart) % 10000))
+# Ports of its own, between those of Ray's workers and those that Linux gives outgoing connections:
+# Ray ends if it finds one of its own taken.
+port=$((20000 + (SLURM_JOB_ID + 1009 * restart) % 6000))
 why=   # this run was told to end: time, cancel, slurm or successor
 code=0 # of what was awaited last
 child= ray= watch= late=
@@ -120,8 +122,7 @@ one_node() {
   done
   role=(--address="$head:$port")
   if ((SLURM_NODEID == 0)); then
-    # From 32768 on, Linux gives ports to outgoing connections; Ray ends if its client's is taken.
-    role=(--head --port="$port" --ray-client-server-port="$((port - 10000))"
+    role=(--head --port="$port" --ray-client-server-port="$((port + 6000))"
       --include-dashboard=false)
   else
     until (: <"/dev/tcp/$head/$port") 2>/dev/null; do

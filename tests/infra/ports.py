@@ -8,8 +8,8 @@ from contextlib import suppress
 from itertools import islice
 
 # Linux gives the ports from 32768 on to outgoing connections, so one of those that is free now may
-# be taken when the server wants it.
-RANGE = range(10_000, 32_000)
+# be taken when the server wants it; Ray keeps those up to 19999 for its workers.
+RANGE = range(20_000, 32_000)
 
 
 def free_ports(number: int) -> list[int]:
