@@ -7,6 +7,9 @@ INSTALLED := .venv/.installed
 .PHONY: demo test test-fast chaos check format lock clean
 .DELETE_ON_ERROR:
 
+# A run starts dozens of processes; without bytecode each would compile torch, Ray and MLflow anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 demo: $(INSTALLED)  ## the whole pipeline on the data set that ships with it
 	$(BIN)/ediffi demo
 
