@@ -199,9 +199,8 @@ once with the shard's path alone and once with the digest of its bytes among the
 Dagster makes what it calls stale, the shard being an observed source with the digest of its
 bytes, and code versions being what nobody remembered to raise; Metaflow has no cache: `resume`
 takes over whatever succeeded, `run` does all of it. Ours tells code apart by a step's module and
-all that it imports from beside it, and a shard on a file system by its size and the times of its
-content and of its inode; listing the shard again, a stage of ours before `read`, is counted as
-`read`.
+all that it imports from beside it, and a shard on a file system by its size and time; listing the
+shard again, a stage of ours before `read`, is counted as `read`.
 """
 
 

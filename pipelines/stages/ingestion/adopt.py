@@ -41,7 +41,7 @@ class AdoptShards:
     gang: ClassVar[bool] = False
 
     def identity(self) -> Json:
-        """Place, size and times (or tag) of every tar: reading them would be the stage's work."""
+        """Place, size and time (or tag) of every tar: reading them would be the stage's work."""
         tars = {split: find_tars(pattern) for split, pattern in self._patterns.items()}
         return {
             "source": "shards",
@@ -167,7 +167,7 @@ def _local_copy(unit: Unit, scratch: Path) -> Path:
         version = version_of(place)
         if version != unit.arguments["version"]:
             raise UserError(
-                f"{field}: {place} has changed since this run began (size and times or tag were "
+                f"{field}: {place} has changed since this run began (size and time or tag were "
                 f"{unit.arguments['version']}, are {version}); run again"
             )
         if isinstance(place, Path):

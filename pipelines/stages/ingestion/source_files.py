@@ -51,16 +51,15 @@ def absolute(pattern: str) -> str:
 
 
 def version_of(place: Location) -> str:
-    """What changes when a file is written anew: of its times and size, or an object's tag."""
+    """What changes when a file is written anew: of its time and size, or an object's tag."""
     if isinstance(place, Path):
         return _local(place).version
     return _version(place.fs.info(place.path))
 
 
 def _local(path: Path) -> TarSource:
-    # The time of modification can be put back, as copying tools do; that of any change cannot.
     status = path.stat()
-    version = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    version = f"{status.st_size} {status.st_mtime_ns}"
     return TarSource(place=str(path), num_bytes=status.st_size, version=version)
 
 

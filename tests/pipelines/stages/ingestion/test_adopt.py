@@ -364,7 +364,7 @@ def test_of_equal_keys_across_tars_the_earlier_stays(tmp_path: Path) -> None:
 
 
 def test_a_tar_that_is_written_anew_is_another_unit(tmp_path: Path) -> None:
-    """Times and size of a tar decide its unit's key and the stage's identity; limits decide all."""
+    """Time and size of a tar decide its unit's key and the stage's identity; limits decide all."""
     for name in "01":
         write_tar(tmp_path / f"{name}.tar", {name: GOOD})
     stage = stage_over(tmp_path)
@@ -377,21 +377,6 @@ def test_a_tar_that_is_written_anew_is_another_unit(tmp_path: Path) -> None:
     assert not set(limited.values()) & set(after.values())
     loose = {unit.id: unit.key for unit in plan(stage_over(tmp_path, max_rejects_fraction=1.0))}
     assert loose == after
-
-
-def test_new_bytes_of_an_old_time_are_another_unit(tmp_path: Path) -> None:
-    """A tar that is replaced by one of its size, with its time put back, is not taken for it."""
-    path = write_tar(tmp_path / "x.tar", {"a": GOOD})
-    stage, status = stage_over(tmp_path), path.stat()
-    (before,), identity = plan(stage), stage.identity()
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-    (after,) = plan(stage)
-    assert after.key != before.key
-    assert stage.identity() != identity
 
 
 def test_absent_or_changed_tars_are_the_users_errors(tmp_path: Path) -> None:
