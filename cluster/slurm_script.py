@@ -81,7 +81,6 @@ _BODY = r"""
 set -uo pipefail
 restart=${SLURM_RESTART_COUNT:-0}
 scratch=$scratch_dir/ediffi-$SLURM_JOB_ID.$restart
-here= # what lies in it for this node
 # Ports of its own, between those of Ray's workers and those that Linux gives outgoing connections:
 # Ray ends if it finds one of its own taken.
 port=$((20000 + (SLURM_JOB_ID + 1009 * restart) % 6000))
@@ -284,7 +283,7 @@ setup || {
 set -u
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n') # of this run, in no file
 head=$(own_address)
-here=$scratch/$(own_name)
+here=$scratch/$(own_name) # what is this node's in it
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0 RAY_ADDRESS=$head:$port
 say "starts Ray on $SLURM_JOB_NODELIST, its head at $RAY_ADDRESS"
 
