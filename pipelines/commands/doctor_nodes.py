@@ -249,9 +249,7 @@ def _version(package: str) -> str:
 
 def main() -> None:
     """Print the findings as one line of JSON."""
-    import ray
-
-    from pipelines.driver.ray_cluster import connect
+    from pipelines.driver.ray_cluster import connect, disconnect
 
     connect()
     # what a node imports is this module by its own name, not `__main__`
@@ -261,7 +259,7 @@ def main() -> None:
     needs = NodeNeeds(**{**asked, "disk_path": Path(asked["disk_path"])})
     findings = doctor_nodes.visit(sys.argv[1], needs)
     print(json.dumps([asdict(one) for one in findings]), flush=True)
-    ray.shutdown()
+    disconnect()
 
 
 if __name__ == "__main__":
