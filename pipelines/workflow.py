@@ -185,6 +185,8 @@ class _Drive:
                 raise problems[0]
 
     def _tracker(self) -> Tracker:
+        import ray  # noqa: F401  # first: beside MLflow's own imports it would take twice as long
+
         from pipelines.tracking.tracker import Tracker
 
         tracker = Tracker(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from pipelines.driver.ray_address import silence_at
@@ -48,6 +51,8 @@ def disconnect() -> None:
     Nothing is garbage-collected meanwhile: if a collection, in whatever thread, finds a forgotten
     reference to a result while Ray takes down its part of this process, Ray ends it with code 1.
     """
+    if not is_joined():
+        _kill_autoscaler()
     collects = gc.isenabled()
     gc.disable()
     ending = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
@@ -57,6 +62,17 @@ def disconnect() -> None:
         atexit.unregister(ray.shutdown)  # it would wait again
     elif collects:
         gc.enable()
+
+
+def _kill_autoscaler() -> None:
+    """End the one process of our cluster that, asked by Ray, takes all the second it is given.
+
+    On one machine there is nothing for it to scale.
+    """
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it may just have ended
+            if any(Path(word).match("autoscaler/*/monitor.py") for word in child.cmdline()):
+                child.kill()
 
 
 def connect() -> None:

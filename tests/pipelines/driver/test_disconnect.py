@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
+
+from pipelines.driver import ray_cluster
 
 # Forgets references to results in cycles, from when Ray's end begins until it is over. Without
 # care their collection ended this process with code 1 every time.
@@ -53,3 +57,40 @@ def test_forgotten_references_do_not_end_the_process(monkeypatch: pytest.MonkeyP
     told = ended.stdout.split()
     assert int(told[1]) > 0
     assert told[-1] == "True"
+
+
+SLEEP = "import time; time.sleep(600)"
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Children of this process that look like two of Ray's; Ray itself is not there."""
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    paths = {"autoscaler": "ray/autoscaler/_private/monitor.py", "log": "ray/_private/monitor.py"}
+    started = {
+        name: subprocess.Popen([sys.executable, "-c", SLEEP, f"/lib/{path}"])
+        for name, path in paths.items()
+    }
+    yield started
+    for child in started.values():
+        child.kill()
+        child.wait()
+
+
+def test_only_the_autoscaler_is_not_waited_for(
+    children: dict[str, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cluster on this machine one process is killed before Ray would ask it to leave."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray_cluster.disconnect()
+    assert children["autoscaler"].wait(10) == -signal.SIGKILL
+    assert children["log"].poll() is None
+
+
+def test_nothing_of_a_joined_cluster_is_killed(
+    children: dict[str, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens to be our child may be a head that others use."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    ray_cluster.disconnect()
+    assert [child.poll() for child in children.values()] == [None, None]
