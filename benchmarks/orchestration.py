@@ -8,6 +8,9 @@ setting of the first step of the chain was changed (`changed`: three steps). Apa
 hundred steps stand beside one another between a source and a join (`wide`). Each step writes a
 line into a log, and a side that does more or fewer than it should is an error, not a result.
 
+`first` is `cold` where nothing was ever run: only ours keeps something beside the store (MLflow's
+empty database, in the user's cache).
+
 Ours runs real stages of a user, through `ediffi run`: receipts, manifests and MLflow included; the
 hundred are units of one stage. Every peer is run by its own command where it has one, at its
 strictest cache. Prefect is taken twice, with the server that it starts for itself and with one
@@ -44,8 +47,9 @@ from benchmarks.peers.prefect_server import PrefectServer
 from benchmarks.report import Row
 
 COMMAND = "python -m benchmarks.orchestration"
-NUM_DONE = {"start": 0, "cold": 10, "finished": 0, "changed": 3, "wide": 102}
+NUM_DONE = {"start": 0, "first": 10, "cold": 10, "finished": 0, "changed": 3, "wide": 102}
 MEASURES = {
+    "first": "ten no-op stages, cold, nothing kept for the user",
     "cold": "ten no-op stages, cold",
     "finished": "ten no-op stages, finished",
     "changed": "ten no-op stages, one changed",
@@ -144,8 +148,8 @@ TOY_RECIPE: dict[str, Any] = {
 }
 
 
-def _ours(recipe: str, last: str, *more: str) -> tuple[str, ...]:
-    start = ("-m", "pipelines.cli", "--store", f"store-{recipe}", "run", f"{recipe}.yaml")
+def _ours(recipe: str, last: str, *more: str, store: str = "store") -> tuple[str, ...]:
+    start = ("-m", "pipelines.cli", "--store", f"{store}-{recipe}", "run", f"{recipe}.yaml")
     return (*start, *more, last)
 
 
@@ -163,11 +167,13 @@ TOYS = (
         side=OURS,
         files=("stage_noop.py",),
         commands={
+            "first": _ours("ten", "third", store="first"),
             "cold": _ours("ten", "third"),
             "finished": _ours("ten", "third"),
             "changed": _ours("ten", "third", "--set", "custom_stages.first.config.setting=1"),
             "wide": _ours("wide", "join"),
         },
+        variables={"first": {"EDIFFI_CACHE": "cache"}},
     ),
     Toy(
         label="bare Ray",
@@ -271,11 +277,14 @@ def rows(found: Seconds, versions: Mapping[str, str]) -> list[Row]:
     if "finished" in ours:
         limit = [FINISHED_LIMIT_S] * len(ours["finished"])
         beside.append((MEASURES["finished"], ours["finished"], limit, "the most it may take"))
-    if "cold" in ours and "start" in found.get("bare Ray", {}):
-        starts = found["bare Ray"]["start"]
-        added = [max(0.0, cold - start) for cold, start in zip(ours["cold"], starts, strict=True)]
-        name = f"{MEASURES['cold']}, beyond Ray's own start"
-        beside.append((name, added, [COLD_LIMIT_S] * len(added), "the most it may take"))
+    starts = found.get("bare Ray", {}).get("start", [])
+    for measure in ("first", "cold"):
+        if starts and measure in ours:
+            added = [
+                max(0.0, one - start) for one, start in zip(ours[measure], starts, strict=True)
+            ]
+            name = f"{MEASURES[measure]}, beyond Ray's own start"
+            beside.append((name, added, [COLD_LIMIT_S] * len(added), "the most it may take"))
     return [
         row(
             f"{name}, whole process" if "beyond" not in name else name,

@@ -24,6 +24,15 @@ _GIB = 1 << 30
 _NUM_PINNED = 4  # a stage reads one file at a time, a reader maps what it fetched at once
 
 
+def default_directory() -> Path:
+    """What is kept for all runs of a user: EDIFFI_CACHE, or a folder of the user's home.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    return Path(os.environ.get("EDIFFI_CACHE", "~/.cache/ediffi")).expanduser()
+
+
 class CacheError(OSError):
     """The cache cannot hold a file, or its settings are wrong."""
 
@@ -68,10 +77,7 @@ class LocalCache:
         """
         text = os.environ.get("EDIFFI_CACHE_GIB", "50")
         try:
-            return cls(
-                Path(os.environ.get("EDIFFI_CACHE", "~/.cache/ediffi")).expanduser(),
-                int(float(text) * _GIB),
-            )
+            return cls(default_directory(), int(float(text) * _GIB))
         except (ValueError, OverflowError) as error:
             raise CacheError(f"EDIFFI_CACHE_GIB must be a number above 0, got {text!r}") from error
 
