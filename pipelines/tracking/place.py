@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from pipelines.masking import MASK, mask
 from pipelines.store.ledger import SCRATCH_FOLDER
-from pipelines.store.location import Location
+from pipelines.store.location import Location, publish
 
 DATABASE = "mlflow.db"
 
@@ -99,4 +99,4 @@ def _keep(database: Path, blank: Path) -> None:
         with contextlib.closing(sqlite3.connect(copy)) as connection:
             connection.execute("DELETE FROM experiments")
             connection.commit()
-        copy.replace(blank)
+        publish(copy, blank)
